@@ -1,0 +1,64 @@
+"""What every entry point shares: Hydra around a task, and the one place where errors become a sentence."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from dass.errors import DassError
+
+CONF = Path(__file__).parent.parent / "conf"
+USER_ERRORS = (DassError, HydraException, OmegaConfBaseException)
+
+
+def sentence(error: BaseException) -> str:
+    """An error as one line: the innermost message of a chain of Hydra's, without OmegaConf's trailing details."""
+    while error.__cause__ is not None and not isinstance(error, DassError):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = ("full_key:", "object_type=", "reference_type=", "To append to your config")
+    kept = [line for line in lines if not line.startswith(details)]
+    where = [line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")]
+    text = " ".join(kept) or type(error).__name__
+    return f"{text} (at '{where[0]}')" if where and where[0] not in text else text
+
+
+def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run `task` under Hydra with `conf/<config_name>.yaml`.
+
+    An error of the user ends as one sentence on stderr and exit code 1; `debug=true` or `HYDRA_FULL_ERROR=1`
+    brings the traceback back. In a sweep each failing job prints its sentence, the others go on, and the exit code is 1.
+    """
+    debug = "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> None:
+        try:
+            task(config)
+        except USER_ERRORS as error:
+            if debug:
+                raise
+            print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+            # without its traceback, whose frames would keep the job's model alive for the rest of a sweep
+            raise Reported() from None
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except Reported:
+        sys.exit(1)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+class Reported(Exception):
+    """A job's error that has been printed already; only the exit code is left to set."""
