@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +74,24 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not set(RECORD_KEYS) <= set(record) or record["id"] != path.stem:
         raise DassError(f"{path} is JSON but not a record of this project: move it out of the records' folder.")
     return record
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All records of a folder in the order of their file names.
+
+    A corrupt or foreign JSON file is named on stderr and left out; no record at all raises DassError.
+    """
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            records.append(read_record(path))
+        except DassError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not records:
+        raise DassError(
+            f"No records in {folder}: make some with `python -m experiments.prune`, or name another folder."
+        )
+    return records
 
 
 def git_state() -> dict[str, Any]:

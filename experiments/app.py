@@ -33,7 +33,8 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Run `task` under Hydra with `conf/<config_name>.yaml`.
 
     An error of the user ends as one sentence on stderr and exit code 1; `debug=true` or `HYDRA_FULL_ERROR=1`
-    brings the traceback back. In a sweep each failing job prints its sentence, the others go on, and the exit code is 1.
+    brings the traceback back. In a sweep each failing job prints its sentence, the others go on, and the exit code
+    is 1.
     """
     debug = "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting

@@ -1,0 +1,179 @@
+"""Patterns, group axes, mask selection and mask verification.
+
+A mask is boolean, `(out_features, in_features)`, True = keep. Weights compete inside comparison groups, which run
+along one axis of the matrix. Among equal scores the lower index is pruned first, on every device and dtype.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dass.errors import DassError
+
+Axis = Literal["in", "out", "layer"]
+AXES: tuple[str, ...] = get_args(Axis)
+LARGEST_RANKED_M = 16  # comparing all pairs of M is fastest up to about here; above, selecting the threshold is
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A comparison group of length L loses its floor(ratio * L) least important weights; 0 < ratio < 1."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        """Refuse a ratio that prunes nothing, everything, or makes no sense."""
+        if not 0 < self.ratio < 1:
+            raise DassError(f"sparsity.ratio={self.ratio} is not between 0 and 1: give the share of weights to prune.")
+
+    def __str__(self) -> str:
+        """The name in tables, such as '50%'."""
+        return f"{100 * self.ratio:g}%"
+
+
+@dataclass(frozen=True)
+class NM:
+    """Of every M consecutive weights of a comparison group the N most important are kept; 1 <= N <= M."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        """Refuse N and M that no group can satisfy."""
+        if not 1 <= self.n <= self.m:
+            raise DassError(
+                f"sparsity.n={self.n} of sparsity.m={self.m} is not possible: n of m are kept, so 1 <= n <= m."
+            )
+
+    def __str__(self) -> str:
+        """The name in tables, such as '2:4'."""
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Unstructured | NM
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights are kept, `(out_features, in_features)` bool, with the pattern and the axis that it obeys.
+
+    Hardware for N:M sparsity needs it along the inputs, over which a product is summed; a mask along the outputs does
+    not speed the forward product up. The axis `layer` under N:M is `in`: M consecutive weights of the row-major matrix
+    are inputs of one row.
+    """
+
+    keep: Tensor
+    pattern: Pattern
+    axis: Axis
+
+
+def select_mask(scores: Tensor, pattern: Pattern, axis: Axis, name: str = "a layer") -> Mask:
+    """Keep the most important weights of every comparison group.
+
+    Args:
+        scores: importance, `(out_features, in_features)`, any floating dtype, any strides.
+        pattern: how many survive.
+        axis: `in`: a group is one row; `out`: one column; `layer`: the whole matrix (for N:M, see `Mask`).
+        name: the layer's name, for errors.
+
+    Raises:
+        DassError: a score is NaN or infinite, or M does not divide the group.
+    """
+    require_finite(scores, f"The importance scores of {name}")
+    if isinstance(pattern, NM):
+        if axis == "layer":
+            axis = "in"
+        _require_divisible(_groups(scores, axis).shape[1], pattern, axis, name)
+    return Mask(keep_most_important(scores, pattern, axis), pattern, axis)
+
+
+def keep_most_important(scores: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+    """The selection itself, bool `(out_features, in_features)`, without the checks of `select_mask`."""
+    if isinstance(pattern, NM):
+        # splitting the matrix's own axis keeps its long axis contiguous, which makes the comparisons fast
+        dim = 0 if axis == "out" else 1
+        split = scores.unflatten(dim, (-1, pattern.m))
+        return ~_smallest_of_m(split, pattern.m - pattern.n, dim + 1).reshape(scores.shape)
+    groups = _groups(scores, axis)
+    keep = ~_smallest(groups, math.floor(pattern.ratio * groups.shape[1]))
+    return keep.T.contiguous() if axis == "out" else keep.reshape(scores.shape)
+
+
+def verify_mask(mask: Mask, name: str = "a layer") -> None:
+    """Check that every comparison group keeps exactly what the pattern says.
+
+    Raises:
+        DassError: a group keeps more or fewer weights; hardware would drop weights silently.
+    """
+    groups = _groups(mask.keep, mask.axis)
+    length = groups.shape[1]
+    if isinstance(mask.pattern, NM):
+        _require_divisible(length, mask.pattern, mask.axis, name)
+        slots = groups.unflatten(1, (-1, mask.pattern.m)).unbind(-1)
+        kept = torch.stack(slots).sum(0, dtype=torch.int32)
+        expected = mask.pattern.n
+    else:
+        kept = groups.sum(1)
+        expected = length - math.floor(mask.pattern.ratio * length)
+    wrong = int((kept != expected).sum())
+    if wrong:
+        raise DassError(
+            f"The mask of {name} breaks its pattern {mask.pattern} along '{mask.axis}' in {wrong} of {kept.numel()} "
+            f"comparison groups: select it again along this axis."
+        )
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise DassError if a value is NaN or infinite; one pass and no copy, unlike `isfinite(...).all()`."""
+    lowest, highest = torch.aminmax(values)
+    if not (torch.isfinite(lowest) & torch.isfinite(highest)):
+        raise DassError(f"{what} hold NaN or infinite values: check the model's weights and its dtype.")
+
+
+def _groups(matrix: Tensor, axis: Axis) -> Tensor:
+    """A view (or reshaped copy) of a matrix with one comparison group in each row."""
+    if axis == "in":
+        return matrix
+    return matrix.T if axis == "out" else matrix.reshape(1, -1)
+
+
+def _require_divisible(length: int, pattern: NM, axis: Axis, name: str) -> None:
+    if length % pattern.m:
+        raise DassError(
+            f"{name} has {length} {axis}put features, which M={pattern.m} does not divide: "
+            f"choose another pattern or leave this layer out with `exclude`."
+        )
+
+
+def _smallest_of_m(split: Tensor, count: int, dim: int) -> Tensor:
+    """True for the `count` smallest along a short dimension, lower index first among equals.
+
+    Counts for each element those that are pruned before it, by comparing all pairs of the M slices: a number of
+    operations that depends on M alone, each over the whole matrix.
+    """
+    m = split.shape[dim]
+    if m > LARGEST_RANKED_M:
+        return _smallest(split.movedim(dim, -1), count).movedim(-1, dim)
+    slots = split.unbind(dim)
+    before = [torch.full(slot.shape, m - 1 - j, dtype=torch.int8, device=slot.device) for j, slot in enumerate(slots)]
+    for i in range(m):
+        for j in range(i + 1, m):
+            i_first = (slots[i] <= slots[j]).view(torch.int8)
+            before[j].add_(i_first)
+            before[i].sub_(i_first)
+    return torch.stack([rank < count for rank in before], dim)
+
+
+def _smallest(groups: Tensor, count: int) -> Tensor:
+    """True for the `count` smallest of each group along the last dimension, lower index first among equals."""
+    if count == 0:
+        return torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
+    groups = groups.contiguous()
+    threshold = torch.kthvalue(groups, count, dim=-1, keepdim=True).values
+    below = groups < threshold
+    at = groups == threshold
+    missing = count - below.sum(-1, keepdim=True)
+    return below | (at & (at.cumsum(-1, dtype=torch.int32) <= missing))

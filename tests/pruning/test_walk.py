@@ -1,0 +1,181 @@
+"""The walk against a naive implementation that keeps everything and re-runs whole blocks."""
+
+import copy
+
+import pytest
+import torch
+
+from dass.pruning.blocks import find_blocks
+from dass.pruning.masks import NM, Unstructured
+from dass.pruning.method import BlockPruner, Method
+from dass.pruning.walk import enter_first_block, prune_model
+from tests.models import ARCHITECTURES, random_tokens, tiny_model
+
+ALONG_INPUTS = dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "in")
+DASS = Method("dass", {**ALONG_INPUTS, "gate": "out", "up": "out"}, NM(2, 4))
+WANDA = Method("wanda", ALONG_INPUTS, NM(2, 4))
+
+
+def inputs_of(model, input_ids, linears):
+    """All activations that enter these layers in one plain forward of the whole model, `(tokens, in_features)`."""
+    seen = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, a, n=name: seen.setdefault(n, []).append(a[0].double()))
+        for name, layer in linears.items()
+    ]
+    for row in input_ids:
+        model(row[None])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat([x.flatten(0, -2) for x in xs]) for name, xs in seen.items()}
+
+
+def prune_two_of_four(scores, axis):
+    """Two of four consecutive weights, by sorting each group in plain Python."""
+    scores = scores if axis == "in" else scores.T
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    for row in range(scores.shape[0]):
+        for start in range(0, scores.shape[1], 4):
+            order = sorted(range(start, start + 4), key=lambda j: (scores[row, j].item(), j))
+            keep[row, order[:2]] = False
+    return keep if axis == "in" else keep.T
+
+
+def naive(model, input_ids, criterion, roles):
+    """Prune block by block; before each block, the whole model runs again on every sequence, alone."""
+    for block in find_blocks(model):
+        linears = {role: block.projections[role].linear for role in (*roles, "down")}
+        inputs = inputs_of(model, input_ids, linears)
+        norms = {role: x.square().sum(0).sqrt() for role, x in inputs.items()}
+        for role in roles:
+            weight = linears[role].weight.data
+            if criterion == "dass" and role in ("gate", "up"):
+                keep = prune_two_of_four(weight.double().abs() * norms["down"].sqrt()[:, None], "out")
+            else:
+                keep = prune_two_of_four(weight.double().abs() * norms[role], "in")
+            weight[~keep] = 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "targets"), [(DASS, "mlp"), (WANDA, "all")], ids=["dass-mlp", "wanda-all"])
+@torch.no_grad()
+def test_equals_the_naive_walk(architecture, method, targets):
+    model = tiny_model(architecture, torch.float64)
+    expected = copy.deepcopy(model)
+    input_ids = random_tokens()
+    prune_model(model, BlockPruner(method, targets), input_ids, batch_size=2)
+    naive(expected, input_ids, method.criterion, ALONG_INPUTS if targets == "all" else ("gate", "up", "down"))
+    for (name, weight), wanted in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(weight, wanted), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_block_is_called_as_the_model_calls_it(architecture):
+    model = tiny_model(architecture)
+    blocks = find_blocks(model)
+    input_ids = random_tokens(2, 24)
+    seen = []
+    hooks = [
+        block.module.register_forward_pre_hook(lambda m, a, k: seen.append((a[1:], k)), with_kwargs=True)
+        for block in blocks
+    ]
+    with torch.no_grad():
+        model(input_ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        activations = enter_first_block(model, blocks, input_ids, batch_size=2)
+    calls = activations.calls[2]
+    assert len(calls) == len(seen) == 3
+    for call, (arguments, keywords) in zip(calls, seen, strict=True):
+        assert len(call.arguments) == len(arguments)
+        assert call.keywords.keys() == keywords.keys()
+        for key in keywords:
+            torch.testing.assert_close(call.keywords[key], keywords[key], rtol=0, atol=0)
+    assert not any("forward" in block.module.__dict__ for block in blocks)
+
+
+@pytest.mark.parametrize("returns_tuple", [False, True])
+@torch.no_grad()
+def test_blocks_that_return_tuples(returns_tuple, monkeypatch):
+    """Older releases of transformers return (hidden_states, ...) from a block and take [0] of it."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
+    expected = copy.deepcopy(model)
+    prune_model(expected, BlockPruner(DASS), input_ids)
+    if returns_tuple:
+        original = LlamaDecoderLayer.forward
+
+        class Unwrapping(torch.nn.ModuleList):
+            """Stands for the old model's loop, which takes [0] of what a block returns."""
+
+            def __getitem__(self, index):
+                layers = list(self)[index]
+                return [lambda *a, layer=layer, **k: layer(*a, **k)[0] for layer in layers]
+
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *a, **k: (original(*a, **k), "more"))
+        model.model.layers = Unwrapping(model.model.layers)
+    prune_model(model, BlockPruner(DASS), input_ids)
+    for wanted, weight in zip(expected.parameters(), model.parameters(), strict=True):
+        assert torch.equal(wanted, weight)
+
+
+@torch.no_grad()
+def test_attention_runs_once_when_only_the_mlp_is_pruned():
+    runs = {}
+    for targets in ("mlp", "all"):
+        model = tiny_model()
+        block = find_blocks(model)[1]
+        counts = {"attention": 0, "gate": 0, "down": 0}
+        for name, module in [
+            ("attention", block.projections["q"].linear),
+            ("gate", block.projections["gate"].linear),
+            ("down", block.projections["down"].linear),
+        ]:
+            module.register_forward_hook(lambda *_, n=name, c=counts: c.update({n: c[n] + 1}))
+        prune_model(model, BlockPruner(WANDA, targets), random_tokens(4), batch_size=2)
+        runs[targets] = counts
+    assert runs["mlp"] == {"attention": 2, "gate": 4, "down": 2}
+    assert runs["all"] == {"attention": 4, "gate": 4, "down": 2}
+
+
+@torch.no_grad()
+def test_batch_size_does_not_matter():
+    models = []
+    for batch_size in (1, 3, 5):
+        model = tiny_model(dtype=torch.float64)
+        prune_model(
+            model, BlockPruner(Method("obs", ALONG_INPUTS, Unstructured(0.5), "obs")), random_tokens(), batch_size
+        )
+        models.append(model)
+    for model in models[1:]:
+        for wanted, weight in zip(models[0].parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(weight, wanted, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_same_tokens_give_the_same_bits():
+    first, second = tiny_model(), tiny_model()
+    for model in (first, second):
+        prune_model(model, BlockPruner(Method("obs", ALONG_INPUTS, NM(2, 4), "obs"), "all"), random_tokens())
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_excluded_projections_stay_dense():
+    model, dense = tiny_model(), tiny_model()
+    seen = []
+    prune_model(model, BlockPruner(WANDA, exclude=r"layers\.1\.|up_proj"), random_tokens(), on_block=seen.append)
+    for name, weight in model.named_parameters():
+        pruned = ("gate_proj" in name or "down_proj" in name) and "layers.1." not in name
+        assert torch.equal(weight, dense.get_parameter(name)) != pruned, name
+    assert [len(finished.pruned) for finished in seen] == [2, 0, 2]
+    assert all(finished.seconds > 0 for finished in seen)
+
+
+def test_without_statistics_nothing_runs():
+    model = tiny_model()
+    model.base_model.forward = None
+    prune_model(model, BlockPruner(Method("magnitude", ALONG_INPUTS, NM(2, 4)), "all"), None)
+    assert (find_blocks(model)[0].projections["q"].linear.weight == 0).float().mean() == 0.5
