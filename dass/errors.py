@@ -6,3 +6,8 @@ class DassError(Exception):
 
     Raised anywhere in `dass`; printed in one place only, `experiments/app.py`.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of another library's error, to be quoted inside a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

@@ -3,13 +3,16 @@
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dass.errors import DassError
 
@@ -22,11 +25,14 @@ def sentence(error: BaseException) -> str:
     while error.__cause__ is not None and not isinstance(error, DassError):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = lines[: lines.index("Config search path:")] if "Config search path:" in lines else lines
     details = ("full_key:", "object_type=", "reference_type=", "To append to your config")
     kept = [line for line in lines if not line.startswith(details)]
     where = [line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")]
     text = " ".join(kept) or type(error).__name__
-    return f"{text} (at '{where[0]}')" if where and where[0] not in text else text
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        text += ": no such setting, see the files in conf/ for those that exist"
+    return f"{where[0]}: {text}" if where and where[0] not in text else text
 
 
 def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -38,6 +44,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     """
     debug = "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
+    os.environ.setdefault("DASS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))  # inherited by the jobs of a sweep
 
     @functools.wraps(task)
     def job(config: DictConfig) -> None:
@@ -47,7 +54,9 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
             if debug:
                 raise
             print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-            # without its traceback, whose frames would keep the job's model alive for the rest of a sweep
+            if HydraConfig.get().mode == RunMode.RUN:
+                sys.exit(1)
+            # without its traceback, whose frames would keep the job's model alive for the rest of the sweep
             raise Reported() from None
 
     try:

@@ -68,6 +68,8 @@ class Mask:
     keep: Tensor
     pattern: Pattern
     axis: Axis
+    column_block: int | None = None
+    """If set, comparison groups end at multiples of this many columns (SparseGPT's unstructured groups)."""
 
 
 def select_mask(scores: Tensor, pattern: Pattern, axis: Axis, name: str = "a layer") -> Mask:
@@ -96,7 +98,7 @@ def keep_most_important(scores: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
         # splitting the matrix's own axis keeps its long axis contiguous, which makes the comparisons fast
         dim = 0 if axis == "out" else 1
         split = scores.unflatten(dim, (-1, pattern.m))
-        return ~_smallest_of_m(split, pattern.m - pattern.n, dim + 1).reshape(scores.shape)
+        return ~_smallest_of_m(split, pattern.m - pattern.n, dim + 1).reshape(scores.shape).contiguous()
     groups = _groups(scores, axis)
     keep = ~_smallest(groups, math.floor(pattern.ratio * groups.shape[1]))
     return keep.T.contiguous() if axis == "out" else keep.reshape(scores.shape)
@@ -108,20 +110,23 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
     Raises:
         DassError: a group keeps more or fewer weights; hardware would drop weights silently.
     """
-    groups = _groups(mask.keep, mask.axis)
-    length = groups.shape[1]
+    width = mask.keep.shape[1]
     if isinstance(mask.pattern, NM):
-        _require_divisible(length, mask.pattern, mask.axis, name)
-        slots = groups.unflatten(1, (-1, mask.pattern.m)).unbind(-1)
-        kept = torch.stack(slots).sum(0, dtype=torch.int32)
-        expected = mask.pattern.n
-    else:
-        kept = groups.sum(1)
-        expected = length - math.floor(mask.pattern.ratio * length)
-    wrong = int((kept != expected).sum())
+        _require_divisible(_groups(mask.keep, mask.axis).shape[1], mask.pattern, mask.axis, name)
+    wrong = groups_seen = 0
+    for part in mask.keep.split(mask.column_block or width, dim=1):
+        groups = _groups(part, mask.axis)
+        if isinstance(mask.pattern, NM):
+            kept = torch.stack(groups.unflatten(1, (-1, mask.pattern.m)).unbind(-1)).sum(0, dtype=torch.int32)
+            expected = mask.pattern.n
+        else:
+            kept = groups.sum(1)
+            expected = groups.shape[1] - math.floor(mask.pattern.ratio * groups.shape[1])
+        wrong += int((kept != expected).sum())
+        groups_seen += kept.numel()
     if wrong:
         raise DassError(
-            f"The mask of {name} breaks its pattern {mask.pattern} along '{mask.axis}' in {wrong} of {kept.numel()} "
+            f"The mask of {name} breaks its pattern {mask.pattern} along '{mask.axis}' in {wrong} of {groups_seen} "
             f"comparison groups: select it again along this axis."
         )
 

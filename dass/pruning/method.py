@@ -68,6 +68,10 @@ class Method:
         """The axis along which the weights of a projection of this role compete."""
         return self.axis.get(role, "in")
 
+    def all_parameters(self) -> dict[str, float]:
+        """The criterion's parameters, defaults included."""
+        return find_criterion(self.criterion).parameters() | dict(self.parameters)
+
     def needs_for(self, role: str) -> set[str]:
         """The fields of `Statistics` that criterion and update read for a projection of this role."""
         return set(self.criterion_for(role).needs_for(role)) | ({"inverse_factor"} if self.update == "obs" else set())
@@ -220,8 +224,11 @@ class BlockPruner:
             p.linear.weight.copy_(new_rows)
             require_finite(p.linear.weight, f"The updated weights of {p.name}")
             axis = self.method.axis_for(p.role)
-            in_nm = isinstance(pattern, NM) and axis == "layer"
-            masks.setdefault(p.name, Mask(keep_rows, pattern, "in" if in_nm else axis))
+            if isinstance(pattern, NM):
+                swept = Mask(keep_rows, pattern, "in" if axis == "layer" else axis)
+            else:
+                swept = Mask(keep_rows, pattern, axis, column_block=block_size)
+            masks.setdefault(p.name, swept)
         return masks
 
     def _importance(self, weight: Tensor, role: str, statistics: Statistics) -> Tensor:

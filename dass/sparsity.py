@@ -1,0 +1,144 @@
+"""What share of the weights is zero, and masks as files."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from dass.errors import DassError
+from dass.pruning.blocks import Projection
+from dass.pruning.masks import NM, Mask, Unstructured, verify_mask
+
+MASKS_FILE = "masks.safetensors"
+
+
+def sparsity_report(model: nn.Module, targeted: list[Projection]) -> dict[str, Any]:
+    """Zeros counted in the weights themselves: per targeted projection, and in sum.
+
+    Returns:
+        `projections`: by name, `role`, `weights`, `zeros`, `sparsity`; and the share of zeros in the targeted
+        projections (`targeted`), in all linear layers but the head (`linear`), in all parameters (`total`).
+    """
+    projections = {}
+    for p in targeted:
+        weights, zeros = p.linear.weight.numel(), _zeros(p.linear.weight)
+        projections[p.name] = {"role": p.role, "weights": weights, "zeros": zeros, "sparsity": zeros / weights}
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not get_head()]
+    return {
+        "projections": projections,
+        "targeted": _share([p.linear.weight for p in targeted]),
+        "linear": _share(linears),
+        "total": _share(list(model.parameters())),
+    }
+
+
+def _zeros(weight: torch.Tensor) -> int:
+    return weight.numel() - int(torch.count_nonzero(weight))
+
+
+def _share(weights: list[torch.Tensor]) -> float:
+    total = sum(w.numel() for w in weights)
+    return sum(map(_zeros, weights)) / total if total else 0.0
+
+
+class PackedMasks:
+    """Masks of a whole model, a bit per weight, on the host."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.bits: dict[str, torch.Tensor] = {}
+        self.about: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, mask: Mask) -> None:
+        """Pack the mask of the projection `name`."""
+        self.bits[name] = torch.from_numpy(np.packbits(mask.keep.cpu().numpy(), axis=None))
+        pattern = {"ratio": mask.pattern.ratio} if isinstance(mask.pattern, Unstructured) else vars(mask.pattern)
+        self.about[name] = {
+            "shape": list(mask.keep.shape),
+            "axis": mask.axis,
+            "pattern": dict(pattern),
+            "column_block": mask.column_block,
+        }
+
+    def write(self, folder: Path, provenance: dict[str, Any]) -> Path:
+        """Write `folder/masks.safetensors` atomically.
+
+        Args:
+            provenance: where the masks come from (run id, config, versions); kept in the file's header.
+        """
+        metadata = {"provenance": json.dumps(provenance), "masks": json.dumps(self.about)}
+        path = folder / MASKS_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{MASKS_FILE}.")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(save(self.bits, metadata))
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        except OSError as error:
+            raise DassError(f"Cannot write {path} ({error.strerror}): free space or choose another folder.") from error
+        return path
+
+
+def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
+    """The masks of `folder/masks.safetensors` by projection, verified, and their provenance.
+
+    Raises:
+        DassError: no such file, not such a file, or a mask that breaks its own pattern.
+    """
+    path = folder / MASKS_FILE
+    masks = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata()
+            provenance, about = json.loads(metadata["provenance"]), json.loads(metadata["masks"])
+            for name, facts in about.items():
+                rows, columns = facts["shape"]
+                bits = np.unpackbits(file.get_tensor(name), count=rows * columns).reshape(rows, columns)
+                pattern = Unstructured(**facts["pattern"]) if "ratio" in facts["pattern"] else NM(**facts["pattern"])
+                masks[name] = Mask(torch.from_numpy(bits.astype(bool)), pattern, facts["axis"], facts["column_block"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DassError(f"{path} is not a file of masks ({error}): write one with `masks=DIR`.") from error
+    for name, mask in masks.items():
+        verify_mask(mask, name)
+    return masks, provenance
+
+
+def masks_id(folder: Path) -> str | None:
+    """The run's identity in the header of a file of masks; None where there is none."""
+    try:
+        with safe_open(folder / MASKS_FILE, framework="np") as file:
+            return json.loads(file.metadata()["provenance"])["id"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: dict[str, Mask]) -> None:
+    """Set the weights that the masks prune to zero, in place.
+
+    Raises:
+        DassError: a mask has no linear layer of its name and shape in this model.
+    """
+    modules = dict(model.named_modules())
+    for name, mask in masks.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear) or linear.weight.shape != mask.keep.shape:
+            raise DassError(
+                f"The mask {name} {tuple(mask.keep.shape)} fits no linear layer of this model: load its own."
+            )
+    for name, mask in masks.items():
+        weight = model.get_parameter(f"{name}.weight")
+        weight.masked_fill_(~mask.keep.to(weight.device), 0)

@@ -1,0 +1,82 @@
+"""Seconds and peak memory of the stages of a run."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAMPLING_SECONDS = 0.02
+STATM = Path("/proc/self/statm")
+
+
+@dataclass
+class Stage:
+    """What one stage took. Memory in GB (10^9 bytes): resident on the host, allocated on the GPU."""
+
+    seconds: float
+    peak_memory_gb: float
+    peak_gpu_memory_gb: float | None
+
+
+class Stages:
+    """The stages of one run by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: its memory is measured too if it is a GPU."""
+        self.device = device
+        self.measured: dict[str, Stage] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Measure a stage from entry to exit."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = time.perf_counter()
+        with peak_resident_memory() as peak:
+            yield
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+        gpu = torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None
+        self.measured[name] = Stage(round(time.perf_counter() - started, 3), peak[0] / 1e9, gpu)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return {name: asdict(stage) for name, stage in self.measured.items()}
+
+
+@contextmanager
+def peak_resident_memory() -> Iterator[list[int]]:
+    """The largest resident memory of this process in bytes, in the one element of the list once the block ends.
+
+    Sampled by a thread, since the kernel's own high-water mark is that of the whole life of the process.
+    """
+    peak = [resident_memory()]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLING_SECONDS):
+            peak[0] = max(peak[0], resident_memory())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], resident_memory())
+
+
+def resident_memory() -> int:
+    """Resident memory of this process now, bytes; 0 where the system does not tell."""
+    try:
+        return int(STATM.read_text().split()[1]) * 4096
+    except OSError:
+        return 0

@@ -1,0 +1,189 @@
+"""One run: load, calibrate, prune, evaluate, record.
+
+python -m experiments.prune method=dass sparsity=2of4
+python -m experiments.prune -m method=dense,magnitude,wanda,sparsegpt,dass sparsity=unstructured,4of8,2of4
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dass.calibration import calibration_tokens, require_in_vocabulary
+from dass.errors import DassError
+from dass.evaluation.perplexity import evaluation_windows, perplexity
+from dass.models import (
+    batch_size_for,
+    card_id,
+    load_model,
+    load_tokenizer,
+    require_own_folder,
+    save_model,
+)
+from dass.progress import progress, say
+from dass.pruning.blocks import find_blocks
+from dass.pruning.walk import FinishedBlock, prune_model
+from dass.records import git_state, machine_description, package_versions, read_record, record_path, write_record
+from dass.sparsity import PackedMasks, masks_id, sparsity_report
+from dass.stages import Stages
+from dass.tracking import Tracker, track
+from experiments.app import run_app
+from experiments.schema import Plan, resolve, source_of
+
+
+def main(config: DictConfig) -> None:
+    """Run what the composed config says, unless its record exists."""
+    plan = resolve(config)
+    results_dir = Path(plan.config.results_dir)
+    if plan.config.save_model is not None:
+        require_own_folder(Path(plan.config.save_model))
+    label = f"{plan.config.model.name} {plan.config.method['name']} {plan.run_id}"
+    if not plan.config.rerun and is_done(plan):
+        print(f"{label}: already done, skipping: {record_path(results_dir, plan.run_id)} (rerun=true runs it again)")
+        return
+    tracking = plan.config.tracking
+    with track(tracking.name, tracking.project, tracking.group, plan.run_id, tracking.folder, plan.composed) as tracker:
+        record = run(plan, tracker)
+        path = write_record(results_dir, record)
+        tracker.log_record(record)
+    values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
+    print(f"{label}: sparsity {record['sparsity']['targeted']:.4f} of the targeted weights{values}; {path}")
+
+
+def is_done(plan: Plan) -> bool:
+    """Whether the record is there, and the model and the masks that are asked for are there and of this run."""
+    try:
+        read_record(record_path(Path(plan.config.results_dir), plan.run_id))
+    except DassError:
+        return False
+    saved, masks = plan.config.save_model, plan.config.masks
+    return (saved is None or card_id(Path(saved)) == plan.run_id) and (
+        masks is None or masks_id(Path(masks)) == plan.run_id
+    )
+
+
+def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
+    """Do all the stages of a run and return its record; texts are checked before the model is loaded."""
+    config, stages = plan.config, Stages(plan.device)
+    torch.manual_seed(config.seed)
+    source, revision = source_of(config.model), config.model.revision
+    needs_text = config.evaluation.name != "none" or (plan.calibrates and config.calibration.name != "tokens_file")
+    tokenizer = load_tokenizer(source, revision) if needs_text or config.save_model is not None else None
+    calibration = windows = None
+    if plan.calibrates:
+        with stages.measure("calibration"):
+            calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **vars(config.calibration))
+    if config.evaluation.name != "none":
+        windows = evaluation_windows(tokenizer=tokenizer, **vars(config.evaluation))
+    with stages.measure("load"):
+        model = load_model(source, revision, plan.dtype, plan.device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", windows)):
+        if tokens is not None:
+            require_in_vocabulary(tokens, vocabulary, what)
+
+    report: dict[str, Any] = {}
+    masks = PackedMasks()
+    if plan.pruner is not None:
+        with stages.measure("pruning"):
+            report = prune(plan, model, calibration, masks, tracker)
+    sparsity = sparsity_report(model, targeted_projections(plan, model))
+    for name, facts in report.items():
+        sparsity["projections"][name] |= facts
+
+    metrics, losses = [], []
+    if windows is not None:
+        batches = windows.split(config.batch_size or batch_size_for(model, windows.shape[1]))
+        with stages.measure("evaluation"):
+            result = perplexity(model, progress(batches, "evaluation", "batch"))
+        losses = result.losses
+        metrics.append(
+            {
+                "dataset": config.evaluation.name,
+                "metric": "perplexity",
+                "value": result.value,
+                "stderr": result.stderr,
+                "n": len(losses),
+                "seq_len": result.seq_len,
+                "tokens": result.tokens,
+            }
+        )
+    record = {
+        "id": plan.run_id,
+        "config": plan.composed | {"resolved": {"dtype": plan.dtype}},
+        "git": git_state(),
+        "versions": package_versions(),
+        "machine": machine_description(plan.device),
+        "stages": stages.as_dict(),
+        "sparsity": sparsity,
+        "metrics": metrics,
+        "windows": losses,
+    }
+    if config.masks is not None:
+        masks.write(Path(config.masks), {key: record[key] for key in ("id", "config", "git", "versions")})
+    if config.save_model is not None:
+        save_model(model, tokenizer, Path(config.save_model), model_card(record))
+    return record
+
+
+def targeted_projections(plan: Plan, model: torch.nn.Module) -> list[Any]:
+    """The projections that the run prunes; none for the dense model."""
+    return [] if plan.pruner is None else [p for block in find_blocks(model) for p in plan.pruner.projections(block)]
+
+
+def prune(
+    plan: Plan, model: Any, calibration: torch.Tensor | None, masks: PackedMasks, tracker: Tracker
+) -> dict[str, dict[str, Any]]:
+    """Prune the model in place; collects masks where they are asked for. Returns what each projection went through."""
+    assert plan.pruner is not None
+    report: dict[str, dict[str, Any]] = {}
+    bar = progress(None, "pruning", "block", len(find_blocks(model)))
+
+    def on_block(finished: FinishedBlock) -> None:
+        zeros = weights = 0
+        for pruned in finished.pruned:
+            mask, name = pruned.mask, pruned.projection.name
+            report[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
+            if pruned.damping is not None:
+                report[name] |= {"damping": pruned.damping, "damping_attempts": pruned.damping_attempts}
+            if plan.config.masks is not None:
+                masks.add(name, mask)
+            zeros += mask.keep.numel() - int(mask.keep.sum())
+            weights += mask.keep.numel()
+        sparsity = zeros / max(weights, 1)
+        tracker.log_block(finished.index, finished.seconds, sparsity)
+        say(bar, f"{finished.block.name}: {finished.seconds:.1f} s, sparsity {sparsity:.4f}")
+        bar.update()
+
+    size = plan.config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
+    prune_model(model, plan.pruner, calibration, size, on_block)
+    bar.close()
+    return report
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """The README.md of a saved model; its header line `dass_run` is how we know our own folders."""
+    config = OmegaConf.to_yaml(OmegaConf.create(record["config"]))
+    results = "\n".join(f"- {m['dataset']} {m['metric']}: {m['value']:.4f} (n = {m['n']})" for m in record["metrics"])
+    return f"""---
+library_name: transformers
+tags: [pruning, dass]
+dass_run: {record["id"]}
+---
+
+# {record["config"]["model"]["name"]} pruned by {record["config"]["method"]["name"]}
+
+{record["sparsity"]["targeted"]:.4f} of the targeted weights are zero, {record["sparsity"]["total"]:.4f} of all.
+
+{results or "Not evaluated."}
+
+Made by [the DaSS reproduction](https://arxiv.org/abs/2405.01943) from this config:
+
+```yaml
+{config}```
+"""
+
+
+if __name__ == "__main__":
+    run_app(main, "prune")

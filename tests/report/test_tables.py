@@ -1,0 +1,258 @@
+"""The tables against numbers computed by hand with numpy."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dass.errors import DassError
+from dass.records import read_records, write_record
+from dass.report.cells import Run, Table, build_tables, runs_of
+from dass.report.tables import comparison, to_csv, to_latex, to_markdown
+from experiments.app import CONF
+from experiments.report import report
+from tests.report.records import losses, make_record, write_example
+
+
+def table_of(*records: dict) -> Table:
+    (table,) = build_tables(runs_of(list(records)))
+    return table
+
+
+def markdown_rows(markdown: str) -> dict[tuple[str, str], list[str]]:
+    """The cells of each row behind (pattern, method)."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in markdown.splitlines() if line[:1] == "|"
+    ]
+    return {(row[0], row[1]): row[2:] for row in rows[2:]}
+
+
+def example_runs(folder: Path) -> list[Run]:
+    write_example(folder)
+    return runs_of(read_records(folder))
+
+
+def test_numbers_of_a_row() -> None:
+    wanda, dass = losses(0.4, 0.02), losses(0.25, 0.03)
+    markdown = to_markdown([table_of(make_record("w", "wanda", wanda), make_record("d", "dass", dass))])
+
+    difference = dass - wanda
+    perplexity = np.exp(dass.mean())
+    stderr = perplexity * dass.std(ddof=1) / 4
+    paired = difference.std(ddof=1) / 4
+    assert markdown_rows(markdown)["2:4", "dass"] == [
+        f"**{perplexity:.2f} ± {stderr:.2f}**",
+        f"−{abs(difference.mean()):.4f} ± {paired:.4f}",
+        f"{perplexity / np.exp(wanda.mean()):.3f}",
+        "50.0%",
+        "37.5%",
+        "12.3",
+    ]
+    assert "wiki, 16 windows × 256 tokens (bos: tokenizer), 4096 tokens counted" in markdown
+    assert "c4_sample, 8 sequences × 128 tokens (bos: none)" in markdown
+    assert "toy (float32)" in markdown and "Some CPU, 2 threads" in markdown and "seeds: 0" in markdown
+
+
+def test_a_clear_win_is_bold_alone_and_a_draw_is_not_called_a_win(tmp_path: Path) -> None:
+    (table,) = build_tables(example_runs(tmp_path))
+    assert table.best("2:4") == {"dass"}
+    assert table.best("50%") == {"dass", "sparsegpt"}
+    bold = {key for key, row in markdown_rows(to_markdown([table])).items() if "**" in row[0]}
+    assert bold == {("2:4", "dass"), ("50%", "dass"), ("50%", "sparsegpt")}
+    assert to_latex([table]).count(r"\textbf{") == 3
+
+
+@pytest.mark.parametrize(("ratio", "draw"), [(1.9, True), (2.1, False)])
+def test_two_standard_errors_are_the_border(ratio: float, draw: bool) -> None:
+    noise = np.cos(3.7 * np.arange(16))
+    noise -= noise.mean()
+    stderr = noise.std(ddof=1) / 4
+    wanda, dass = losses(0.0), losses(0.0) + noise - ratio * stderr
+    table = table_of(make_record("w", "wanda", wanda), make_record("d", "dass", dass))
+    assert table.best("2:4") == ({"wanda", "dass"} if draw else {"dass"})
+    assert markdown_rows(to_markdown([table]))["2:4", "dass"][1].startswith("≈") == draw
+
+
+def test_a_single_window_tells_nothing_apart() -> None:
+    records = [make_record(name, name, losses(shift, n=1)) for name, shift in (("wanda", 0.9), ("dass", 0.1))]
+    table = table_of(*records)
+    assert table.best("2:4") == {"wanda", "dass"}
+    assert markdown_rows(to_markdown([table]))["2:4", "dass"][:2] == [f"**{np.exp(3.1):.2f}**", "—"]
+
+
+def test_one_method_alone_has_beaten_nothing() -> None:
+    assert table_of(make_record("d", "dass", losses(0.1)), make_record("0", "dense", losses(0))).best("2:4") == set()
+
+
+def test_a_cell_that_was_not_run_is_missing_and_not_zero(tmp_path: Path) -> None:
+    markdown = to_markdown(build_tables(example_runs(tmp_path)))
+    assert markdown_rows(markdown)["50%", "magnitude"] == ["—"] * 6
+    assert markdown_rows(markdown)["dense", "dense"][1:] == ["—"] * 5
+
+
+def test_a_variant_is_not_missed_where_another_of_its_method_was_run() -> None:
+    main = [make_record(f"m{pattern}", "dass", losses(0.1), pattern, alpha=0.5) for pattern in ("2:4", "50%")]
+    rows = table_of(*main, make_record("a", "dass", losses(0.2), alpha=1.0)).rows()
+    assert rows == [("50%", "dass (alpha=0.5)"), ("2:4", "dass (alpha=0.5)"), ("2:4", "dass (alpha=1.0)")]
+
+
+def test_order_of_patterns_and_methods() -> None:
+    runs = [
+        make_record(f"{method}{i}", method, losses(0.1 + 0.01 * i), pattern)
+        for i, pattern in enumerate(("2:4", "50%", "4:8"))
+        for method in ("zeta", "dass", "alps", "wanda", "magnitude", "sparsegpt")
+    ]
+    rows = table_of(*runs, make_record("0", "dense", losses(0))).rows()
+    methods = ["magnitude", "wanda", "sparsegpt", "dass", "alps", "zeta"]
+    assert rows == [("dense", "dense"), *((pattern, method) for pattern in ("50%", "4:8", "2:4") for method in methods)]
+
+
+def test_seeds_are_averaged_and_their_spread_is_told() -> None:
+    seeds = [losses(0.1), losses(0.2), losses(0.3)]
+    wanda = losses(0.19, 0.01)
+    records = [make_record(f"d{seed}", "dass", each, seed=seed) for seed, each in enumerate(seeds)]
+    table = table_of(*records, make_record("w", "wanda", wanda))
+    perplexities = np.exp([each.mean() for each in seeds])
+    perplexity, delta, *_ = markdown_rows(to_markdown([table]))["2:4", "dass"]
+    assert f"{perplexities.mean():.2f} ±" in perplexity
+    assert f"(3 seeds, sd {perplexities.std(ddof=1):.2f})" in perplexity
+    difference = np.mean(seeds, axis=0) - wanda
+    stderr = np.sqrt(difference.var(ddof=1) / 16 + 0.1**2 / 3)  # windows and seeds
+    assert delta == f"≈ +{difference.mean():.4f} ± {stderr:.4f}"
+    assert table.facts["seeds"] == "0, 1, 2"
+
+
+def test_overrides_get_rows_of_their_own() -> None:
+    axes = ({"gate": "out", "down": "in"}, {"gate": "in", "down": "in"})
+    records = [
+        make_record(f"d{alpha}{i}", "dass", losses(0.1), alpha=alpha, axis=axis)
+        for alpha in (0.25, 0.5)
+        for i, axis in enumerate(axes)
+    ]
+    labels = {label for _, label in table_of(*records).rows()}
+    assert labels == {f"dass (alpha={alpha}, axis.gate={gate})" for alpha in (0.25, 0.5) for gate in ("in", "out")}
+
+
+def test_runs_that_differ_in_something_unknown_are_not_averaged() -> None:
+    table = table_of(make_record("a", "dass", losses(0.1)), make_record("b", "dass", losses(0.9)))
+    assert [cell.label for cell in table.cells] == ["dass [a]", "dass [b]"]
+
+
+def test_the_reference_is_the_published_wanda_among_its_variants() -> None:
+    inside, outside = (make_record(gate, "wanda", losses(0.1), axis={"gate": gate}) for gate in ("in", "out"))
+    assert table_of(inside, outside).reference == "wanda (axis.gate=in)"
+    assert table_of(outside).reference == "wanda"
+
+
+def test_dense_and_magnitude_stand_in_every_table_whose_calibration_they_do_not_use() -> None:
+    dense, magnitude = make_record("0", "dense", losses(0)), make_record("m", "magnitude", losses(2))
+    repaired = make_record("r", "magnitude", losses(1), update="obs")
+    short, long = make_record("a", "wanda", losses(0.2)), make_record("b", "wanda", losses(0.1))
+    long["config"]["calibration"]["n_sequences"] = 128
+    tables = build_tables(runs_of([dense, magnitude, repaired, short, long]))
+    members = sorted(sorted(run.id for cell in table.cells for run in cell.runs) for table in tables)
+    assert members == [["0", "a", "m", "r"], ["0", "b", "m"]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"targets": "all"},
+        {"exclude": "down_proj"},
+        {"resolved": {"dtype": "float16"}},
+        {"model": {"name": "toy", "dtype": "auto", "path": "elsewhere"}},
+        {"evaluation": {"name": "wiki", "path": "other.txt", "seq_len": 256, "n_windows": 16, "bos": "tokenizer"}},
+        {
+            "calibration": {
+                "name": "c4_sample",
+                "path": None,
+                "n_sequences": 8,
+                "seq_len": 128,
+                "bos": "none",
+                "join": True,
+            }
+        },
+    ],
+)
+def test_another_setting_makes_another_table(change: dict) -> None:
+    one, other = make_record("a", "wanda", losses(0.2)), make_record("b", "dass", losses(0.1))
+    assert len(build_tables(runs_of([one, other]))) == 1
+    other["config"] |= change
+    assert len(build_tables(runs_of([one, other]))) == 2
+
+
+def test_broken_and_foreign_files_are_named_and_change_no_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = to_markdown(build_tables(example_runs(tmp_path)))
+    (tmp_path / "cut.json").write_text('{"id": "cut", "config"')
+    (tmp_path / "foreign.json").write_text('{"name": "package"}')
+    (tmp_path / "copy.json").write_text((tmp_path / "4d.json").read_text())
+    for run_id, change in (("hollow", {"config": {}}), ("edited", {"windows": [1.0] * 16})):
+        write_record(tmp_path, make_record(run_id, "dass", losses(0)) | change)
+    assert to_markdown(build_tables(runs_of(read_records(tmp_path)))) == before
+    named = capsys.readouterr().err
+    assert all(name in named for name in ("cut.json", "foreign.json", "copy.json", "hollow", "edited"))
+    assert len(named.splitlines()) == 5
+
+
+def test_csv_has_one_line_per_run_in_full_precision(tmp_path: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(example_runs(tmp_path)))))
+    assert [row["id"] for row in rows] == ["0d", "1m", "2w", "3s", "4d", "5w", "6s", "7d"]
+    values = [json.loads((tmp_path / f"{row['id']}.json").read_text())["metrics"][0]["value"] for row in rows]
+    assert [float(row["perplexity"]) for row in rows] == values
+    assert rows[4]["options"] == "alpha=0.5" and rows[4]["seq_len"] == "256" and rows[0]["calibration"] == ""
+
+
+def test_latex_escapes_what_latex_would_read() -> None:
+    name = "a_b&c#$~^"
+    records = [make_record(method, method, losses(0.1), "50%", model=name) for method in ("wanda", "da_ss")]
+    latex = to_latex([table_of(*records)])
+    assert r"a\_b\&c\#\$\textasciitilde{}\textasciicircum{} (float32)" in latex
+    assert r"50\% & da\_ss &" in latex
+    assert latex.isascii()
+    assert not re.search(r"(?<!\\)[%#_~^]", latex)
+    rows = [line for line in latex.splitlines() if line.endswith(r" \\")]
+    assert len(rows) == 3 and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {7}
+    assert latex.count("{") == latex.count("}") and latex.count("$") % 2 == 1  # one $ is escaped
+
+
+def test_comparison_with_committed_records(tmp_path: Path) -> None:
+    here = [make_record("a", "wanda", losses(0.1)), make_record("b", "dass", losses(0.2))]
+    committed = [make_record("a", "wanda", losses(0.1) - 1e-5)]
+    rows = [line.split("|") for line in comparison(runs_of(here), runs_of(committed)).splitlines()[2:]]
+    assert [cell.strip() for cell in rows[0][3:-1]] == [
+        "wanda",
+        "2:4",
+        f"{np.exp(losses(0.1).mean()):.4f}",
+        f"{np.exp(losses(0.1).mean() - 1e-5):.4f}",
+        "+0.001 %",
+    ]
+    assert rows[1][-2].strip() == "no committed record"
+
+
+def test_the_command_writes_the_same_bytes_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_example(tmp_path / "runs")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("report", overrides=[f"records={tmp_path}/runs", f"reference={tmp_path}/runs"])
+    contents = []
+    for name in ("once", "twice"):
+        config.output = str(tmp_path / name)
+        report(config)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        contents.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
+    assert contents[0] == contents[1]
+    names = [f"figures/perplexity.{suffix}" for suffix in ("pdf", "png")]
+    assert sorted(contents[0]) == names + [f"tables/perplexity.{suffix}" for suffix in ("csv", "md", "tex")]
+    printed = capsys.readouterr().out
+    assert contents[0]["tables/perplexity.md"].decode() in printed and printed.count("+0.000 %") == 16
+
+
+def test_no_records_is_one_sentence_that_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(DassError, match=r"No records in .*experiments\.prune"):
+        read_records(tmp_path / "nowhere")
