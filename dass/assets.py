@@ -264,8 +264,9 @@ def convert(asset: Asset, gguf: Path, folder: Path) -> Path:
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors writes files that only their owner can read
     except Exception as error:  # safetensors and tokenizers report a full disk by exceptions of their own
+        reason = " ".join(str(error).split())
         raise DassError(
-            f"Cannot convert {asset.name} into a model folder ({error}): free space in {cache_folder()}, and compare "
+            f"Cannot convert {asset.name} into a model folder ({reason}): free space in {cache_folder()}, and compare "
             "the installed transformers and gguf with the requirements."
         ) from error
     finally:

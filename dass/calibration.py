@@ -200,9 +200,7 @@ def read_tokens(path: Path, n_sequences: int | None, seq_len: int | None) -> Ten
         with safe_open(existing_file(path), framework="pt") as file:
             input_ids = file.get_tensor("input_ids")
     except (SafetensorError, OSError) as error:
-        raise DassError(
-            f"{path} is not a safetensors file with a tensor `input_ids` ({first_line(error)})."
-        ) from error
+        raise DassError(f"{path} is not a safetensors file with a tensor `input_ids` ({first_line(error)}).") from error
     if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or not input_ids.numel():
         raise DassError(
             f"`input_ids` in {path} is {input_ids.dtype} {tuple(input_ids.shape)}: it must be int64 with the shape "
@@ -247,11 +245,10 @@ def read_text(path: Path) -> str:
     return text
 
 
-
 def calibration_tokens(
     name: str,
     tokenizer: Tokenizer | None,
-    path: Path | None,
+    path: str | Path | None,
     n_sequences: int | None,
     seq_len: int | None,
     seed: int,
@@ -274,6 +271,7 @@ def calibration_tokens(
     """
     if name in ("text_file", "tokens_file") and path is None:
         raise DassError(f"calibration={name} needs a file: give `calibration.path=FILE`.")
+    path = Path(path) if path is not None else None
     if n_sequences is not None and n_sequences < 1:
         raise DassError(f"calibration.n_sequences={n_sequences} must be at least 1.")
     if name == "tokens_file":

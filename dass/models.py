@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from dass.calibration import Tokenizer
 from dass.errors import DassError, first_line
 from dass.pruning.masks import require_finite
 from dass.records import file_sha256
+
+transformers_logging.disable_progress_bar()  # loading is a matter of seconds; the long stages have bars of ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CARD = "README.md"
@@ -81,7 +85,7 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DassError(_why_not_loaded(source, error)) from error
     if missing := sorted(loading["missing_keys"]):
         raise DassError(f"The weights of {source} lack {missing[0]} (and {len(missing) - 1} more): save it again.")
@@ -129,6 +133,8 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer | None, folder: Path
                 tokenizer.save_pretrained(temporary)
             (temporary / CARD).write_text(card, encoding="utf-8")
             temporary.chmod(0o755)
+            for path in temporary.iterdir():
+                path.chmod(0o644)  # safetensors writes files that nobody else may read
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(temporary, folder)

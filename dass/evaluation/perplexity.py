@@ -41,7 +41,7 @@ class Perplexity:
 
 
 def evaluation_windows(
-    name: str, tokenizer: Tokenizer, path: Path | None, seq_len: int, n_windows: int | None, bos: Bos
+    name: str, tokenizer: Tokenizer, path: str | Path | None, seq_len: int, n_windows: int | None, bos: Bos
 ) -> Tensor:
     """The windows of one of the names in `conf/evaluation`, `(n_windows, seq_len)` int64.
 
@@ -52,6 +52,7 @@ def evaluation_windows(
     Raises:
         DassError: unknown name, missing file, too little text.
     """
+    path = Path(path) if path is not None else None
     if name == "wikitext2":
         text = "\n\n".join(read_wikitext(path, "test"))
     elif name == "packaged_wiki":

@@ -1,0 +1,177 @@
+"""Calibration sets: the reference's draws, windows, BOS, and too little text."""
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dass import calibration
+from dass.calibration import (
+    calibration_tokens,
+    draw_documents,
+    draw_joined,
+    read_documents,
+    read_tokens,
+    read_wikitext,
+    require_in_vocabulary,
+)
+from dass.errors import DassError
+from tests.tokenizers import tiny_tokenizer, words
+
+
+def documents(lengths, seed=0):
+    rng = random.Random(seed)
+    return [words(rng.choices(range(3, 96), k=length)) for length in lengths]
+
+
+def draws_of_the_reference(texts, tokenizer, nsamples, seqlen, seed):
+    """Wanda's get_c4, from the description in the paper: the global generator, documents, then a window of each."""
+    random.seed(seed)
+    loader = []
+    for _ in range(nsamples):
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            ids = tokenizer(texts[i], return_tensors="pt").input_ids
+            if ids.shape[1] > seqlen:
+                break
+        i = random.randint(0, ids.shape[1] - seqlen - 1)
+        loader.append(ids[:, i : i + seqlen])
+    return torch.cat(loader)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_c4_from_a_local_shard_is_drawn_as_the_reference_draws(tmp_path, adds_bos, seed):
+    texts, tokenizer = documents([5, 40, 21, 20, 19, 100, 33]), tiny_tokenizer(adds_bos)
+    shard = tmp_path / "c4-train.00000-of-01024.json.gz"
+    with gzip.open(shard, "wt") as file:
+        file.writelines(json.dumps({"text": text, "timestamp": "2019", "url": "x"}) + "\n" for text in texts)
+    drawn = calibration_tokens("c4", tokenizer, str(shard), 9, 20, seed, "tokenizer", False)
+    assert drawn.dtype == torch.int64
+    assert torch.equal(drawn, draws_of_the_reference(texts, tokenizer, 9, 20, seed))
+
+
+def test_wikitext2_training_windows(tmp_path):
+    path = tmp_path / "wiki.train.raw"
+    path.write_text(" \n = w3 = \n \n w4 w5 w6 \n" + "".join(f" w{i} w{i} \n" for i in range(7, 30)))
+    rows = read_wikitext(path, "train")
+    assert rows[:4] == ["", " = w3 = \n", "", " w4 w5 w6 \n"]
+    tokenizer = tiny_tokenizer()
+    drawn = calibration_tokens("wikitext2", tokenizer, path, 6, 10, 3, "tokenizer", False)
+    random.seed(3)
+    ids = tokenizer(" ".join(rows), return_tensors="pt").input_ids
+    starts = [random.randint(0, ids.shape[1] - 10 - 1) for _ in range(6)]
+    assert torch.equal(drawn, torch.cat([ids[:, i : i + 10] for i in starts]))
+
+
+def test_joined_windows_do_not_overlap_and_depend_on_the_seed():
+    texts = documents([7, 30, 11, 2, 50])
+    everything = [int(word[1:]) for text in texts for word in text.split()]
+    all_windows = {tuple(everything[i : i + 8]) for i in range(0, 96, 8)}
+    drawn = draw_joined(texts, tiny_tokenizer(), 12, 8, 0, "tokenizer")
+    assert {tuple(row) for row in drawn.tolist()} == all_windows
+    few = [draw_joined(texts, tiny_tokenizer(), 4, 8, seed, "tokenizer") for seed in (0, 0, 1)]
+    assert torch.equal(few[0], few[1]) and not torch.equal(few[0], few[2])
+
+
+@pytest.mark.parametrize("draw", [draw_documents, draw_joined])
+@pytest.mark.parametrize(("bos", "per_window"), [("tokenizer", 0), ("per_sequence", 1), ("none", 0)])
+def test_bos(draw, bos, per_window):
+    drawn = draw(documents([60, 70, 80]), tiny_tokenizer(adds_bos=True), 5, 20, 0, bos)
+    assert drawn.shape == (5, 20)
+    if bos != "tokenizer":
+        assert (drawn == 1).sum(1).tolist() == [per_window] * 5
+    if bos == "per_sequence":
+        assert (drawn[:, 0] == 1).all()
+    if bos == "tokenizer":
+        assert (draw_joined(documents([60, 70, 80]), tiny_tokenizer(True), 10, 21, 0, bos) == 1).sum() == 3
+
+
+def test_bos_that_the_tokenizer_lacks():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(DassError, match="lacks"):
+        draw_joined(documents([60]), tokenizer, 2, 20, 0, "per_sequence")
+
+
+def test_too_little_text_says_how_much_there_is():
+    with pytest.raises(DassError, match=r"none of the 3 documents is longer than 50 tokens \(the longest has 33\)"):
+        draw_documents(documents([20, 33, 7]), tiny_tokenizer(), 2, 50, 0, "none")
+    with pytest.raises(DassError, match=r"60 tokens are 3 whole sequences of 20, and 4"):
+        draw_joined(documents([20, 33, 7]), tiny_tokenizer(), 4, 20, 0, "none")
+
+
+def test_text_files(tmp_path):
+    text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("w3 w4\nw5")
+    lines.write_text('{"text": "w3", "url": 1}\n\n{"text": "w4 w5"}\n')
+    assert read_documents(text) == ["w3 w4\nw5"]
+    assert read_documents(lines) == ["w3", "w4 w5"]
+    lines.write_text('{"text": "w3"}\n{"txt": "w4"}\n')
+    with pytest.raises(DassError, match=r"b\.jsonl, line 2"):
+        read_documents(lines)
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "no file"), (b"", "no text"), (b"\xff\xfe\x00", "not UTF-8")])
+def test_text_that_is_not_there(tmp_path, content, says):
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DassError, match=says):
+        read_documents(path)
+
+
+def test_tokens_file(tmp_path):
+    path = tmp_path / "tokens.safetensors"
+    input_ids = torch.arange(30).view(5, 6)
+    save_file({"input_ids": input_ids}, path)
+    assert torch.equal(calibration_tokens("tokens_file", None, path, None, None, 0, "none", False), input_ids)
+    assert torch.equal(read_tokens(path, 2, 6), input_ids[:2])
+    for n_sequences, seq_len, says in [(6, None, "holds 5 sequences"), (None, 7, "sequences of 6 tokens")]:
+        with pytest.raises(DassError, match=says):
+            read_tokens(path, n_sequences, seq_len)
+    with pytest.raises(DassError, match="used as it is"):
+        calibration_tokens("tokens_file", None, path, None, None, 0, "per_sequence", False)
+    for bad in ({"input_ids": input_ids.float()}, {"input_ids": input_ids[0]}, {"other": input_ids}):
+        save_file(bad, path)
+        with pytest.raises(DassError, match="input_ids"):
+            read_tokens(path, None, None)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(DassError, match="not a safetensors file"):
+        read_tokens(path, None, None)
+
+
+@pytest.mark.parametrize("token", [-1, 96])
+def test_tokens_outside_the_vocabulary(token):
+    with pytest.raises(DassError, match="vocabulary has 96"):
+        require_in_vocabulary(torch.tensor([[5, token]]), 96, "The calibration tokens")
+
+
+def test_settings_that_are_missing():
+    for name, says in [("text_file", "path=FILE"), ("tokens_file", "path=FILE"), ("c5", "unknown")]:
+        with pytest.raises(DassError, match=says):
+            calibration_tokens(name, tiny_tokenizer(), None, 2, 8, 0, "none", False)
+    with pytest.raises(DassError, match="n_sequences"):
+        calibration_tokens("c4", tiny_tokenizer(), None, None, 8, 0, "none", False)
+    with pytest.raises(DassError, match="at least 1"):
+        calibration_tokens("c4", tiny_tokenizer(), None, 0, 8, 0, "none", False)
+    with pytest.raises(DassError, match="too short"):
+        draw_joined(documents([60]), tiny_tokenizer(), 2, 1, 0, "per_sequence")
+    with pytest.raises(DassError, match="bos=always"):
+        draw_joined(documents([60]), tiny_tokenizer(), 2, 8, 0, "always")
+
+
+def test_the_hub_out_of_reach_is_one_sentence(monkeypatch):
+    import datasets
+
+    def refuse(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DassError, match="no route to the hub"):
+        calibration.read_c4_shard(None)
+    with pytest.raises(DassError, match="no route to the hub"):
+        read_wikitext(None, "test")
