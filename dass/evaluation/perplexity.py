@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from dass import assets
-from dass.calibration import Bos, Tokenizer, encode, read_documents, read_wikitext, windows_of
+from dass.calibration import Bos, Tokenizer, encode, read_documents, read_wikitext, release_freed_memory, windows_of
 from dass.errors import DassError
 from dass.pruning.walk import replaced_forward
 
@@ -66,6 +66,7 @@ def evaluation_windows(
     if seq_len < 2:
         raise DassError(f"evaluation.seq_len={seq_len} must be at least 2: the first token is not predicted.")
     tokens = encode(tokenizer, text, bos)
+    release_freed_memory()
     windows = windows_of(tokens, seq_len, bos, tokenizer)
     wanted = 1 if n_windows is None else n_windows
     if not 1 <= wanted <= len(windows):

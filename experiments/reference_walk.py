@@ -1,0 +1,122 @@
+"""The walk as the reference codes have it (Wanda, SparseGPT, glu_dass), written plainly: the benchmark's baseline.
+
+Every block runs twice over all sequences, one at a time; each projection keeps its own statistics; N:M masks come from
+a loop over groups of M with topk. Not used outside the benchmark and its test.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def reference_walk(model: PreTrainedModel, input_ids: Tensor, method: str, n: int, m: int) -> None:
+    """Prune the MLPs of a LLaMA-like model in place.
+
+    Args:
+        input_ids: `(n_sequences, seq_len)`.
+        method: wanda, dass (alpha 0.5) or sparsegpt.
+        n: weights kept
+        m: of so many consecutive ones.
+    """
+    inputs, keywords = catch_first_inputs(model, input_ids)
+    outputs = torch.zeros_like(inputs)
+    for block in model.model.layers:
+        projections = {"gate": block.mlp.gate_proj, "up": block.mlp.up_proj, "down": block.mlp.down_proj}
+        gathered = {role: Gathered(linear, method == "sparsegpt") for role, linear in projections.items()}
+        hooks = [linear.register_forward_hook(gathered[role].add) for role, linear in projections.items()]
+        for j in range(len(inputs)):
+            outputs[j] = block(inputs[j : j + 1], **keywords)[0]
+        for hook in hooks:
+            hook.remove()
+        for role, linear in projections.items():
+            hessian = gathered[role].hessian
+            if hessian is not None:
+                linear.weight.copy_(sparsegpt_layer(linear.weight.float().clone(), hessian, n, m))
+            elif method == "dass" and role != "down":
+                neurons = gathered["down"].squares.sqrt()
+                scores = linear.weight.abs() * neurons.pow(0.5)[:, None]
+                linear.weight[loop_mask(scores.T, n, m).T] = 0
+            else:
+                linear.weight[loop_mask(linear.weight.abs() * gathered[role].squares.sqrt(), n, m)] = 0
+        for j in range(len(inputs)):
+            outputs[j] = block(inputs[j : j + 1], **keywords)[0]
+        inputs, outputs = outputs, inputs
+
+
+def catch_first_inputs(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict]:
+    """Hidden states `(n_sequences, seq_len, d)` that enter the first block, and its keyword arguments."""
+    caught: list[Tensor] = []
+    keywords: dict = {}
+
+    class Caught(Exception):
+        pass
+
+    def catch(module: nn.Module, arguments: tuple, given: dict) -> None:
+        caught.append(arguments[0])
+        keywords.update(given)
+        raise Caught
+
+    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for row in input_ids:
+        with contextlib.suppress(Caught):
+            model(row[None].to(model.device), use_cache=False)
+    hook.remove()
+    return torch.cat(caught), keywords
+
+
+class Gathered:
+    """The statistics of one layer: squares of each input feature (Wanda) or the Hessian (SparseGPT)."""
+
+    def __init__(self, linear: nn.Linear, with_hessian: bool) -> None:
+        """Start at zero."""
+        features, device = linear.in_features, linear.weight.device
+        self.squares = torch.zeros(features, device=device)
+        self.hessian = torch.zeros(features, features, device=device) if with_hessian else None
+
+    def add(self, linear: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+        """Add the input `(1, seq_len, in_features)` of a forward of the layer."""
+        x = given[0][0].float().T
+        if self.hessian is None:
+            self.squares += torch.norm(x, p=2, dim=1) ** 2
+        else:
+            self.hessian += x.matmul(x.T)
+
+
+def loop_mask(scores: Tensor, n: int, m: int) -> Tensor:
+    """True where a weight is pruned: a loop over groups of m columns."""
+    pruned = torch.zeros_like(scores, dtype=torch.bool)
+    for i in range(0, scores.shape[1], m):
+        group = scores[:, i : i + m].float()
+        pruned.scatter_(1, i + torch.topk(group, m - n, dim=1, largest=False)[1], True)
+    return pruned
+
+
+def sparsegpt_layer(weight: Tensor, hessian: Tensor, n: int, m: int, damping: float = 0.01, width: int = 128) -> Tensor:
+    """SparseGPT's solver for one layer, a column at a time."""
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    index = torch.arange(len(hessian), device=weight.device)
+    hessian[index, index] += damping * hessian.diagonal().mean()
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    for start in range(0, weight.shape[1], width):
+        stop = min(start + width, weight.shape[1])
+        block, local = weight[:, start:stop].clone(), factor[start:stop, start:stop]
+        done, errors = torch.zeros_like(block), torch.zeros_like(block)
+        pruned = torch.zeros_like(block, dtype=torch.bool)
+        for i in range(stop - start):
+            if i % m == 0:
+                scores = block[:, i : i + m] ** 2 / local.diagonal()[i : i + m].reshape(1, -1) ** 2
+                pruned.scatter_(1, i + torch.topk(scores, m - n, dim=1, largest=False)[1], True)
+            kept = block[:, i].clone()
+            kept[pruned[:, i]] = 0
+            done[:, i] = kept
+            error = (block[:, i] - kept) / local[i, i]
+            block[:, i:] -= error[:, None].matmul(local[i, i:][None])
+            errors[:, i] = error
+        weight[:, start:stop] = done
+        weight[:, stop:] -= errors.matmul(factor[start:stop, stop:])
+    return weight

@@ -1,0 +1,38 @@
+"""The benchmark's baseline computes the same thing as our walk, so that its time is a fair one."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from dass.pruning.walk import prune_model
+from experiments.benchmark import METHODS, BlockPruner, Row, needed_forward
+from experiments.reference_walk import reference_walk
+from tests.models import random_tokens, tiny_model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_reference_walk_prunes_the_same(method, monkeypatch):
+    ours, theirs, input_ids = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64), random_tokens()
+    prune_model(ours, BlockPruner(METHODS[method]), input_ids)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the baseline computes in fp32; here without
+    monkeypatch.setattr(torch, "zeros", partial(torch.zeros, dtype=torch.float64))  # its rounding
+    reference_walk(theirs, input_ids, method, 2, 4)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_the_needed_forward_work_is_what_it_says():
+    model, counts = tiny_model(), {"q_proj": 0, "gate_proj": 0, "down_proj": 0}
+    for name, module in model.named_modules():
+        if (last := name.rpartition(".")[2]) in counts:
+            module.register_forward_hook(lambda *_, last=last: counts.update({last: counts[last] + 1}))
+    assert needed_forward(model, random_tokens(4), 2) > 0
+    # the first block also runs once, on the first batch, while its inputs are recorded
+    assert counts == {"q_proj": 3 * 2 + 1, "gate_proj": 3 * 2 + 2 * 2 + 1, "down_proj": 2 * 2 + 1}
+
+
+def test_rows_say_whether_a_limit_is_met():
+    assert "| 1.2 | at most 1.1 | **no** |" in str(Row("x", 1.2, 1.1, False, ""))
+    assert "| 1.5 | at least 1.4 | yes |" in str(Row("x", 1.5, 1.4, True, ""))

@@ -1,0 +1,358 @@
+"""The Hydra app from end to end, on tiny models, on the command line, and once on the real SmolLM2."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dass.errors import DassError
+from dass.records import RECORD_KEYS
+from dass.sparsity import apply_masks, read_masks
+from experiments import prune as app
+from experiments.app import CONF
+from experiments.schema import resolve
+from tests.models import VOCABULARY, random_tokens, tiny_model
+from tests.tokenizers import tiny_tokenizer, words
+
+ROOT = Path(__file__).parents[2]
+
+
+def composed(*overrides, name="prune"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """A tiny model with its tokenizer, calibration tokens, a text to evaluate on, and the overrides that use them."""
+    model, tokens, text = tmp_path / "model", tmp_path / "tokens.safetensors", tmp_path / "text.txt"
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    save_file({"input_ids": random_tokens(6, 24)}, tokens)
+    text.write_text(words(torch.randint(3, VOCABULARY, (200,), generator=torch.Generator().manual_seed(1))))
+    return [
+        "model=local",
+        f"model.path={model}",
+        "calibration=tokens_file",
+        f"calibration.path={tokens}",
+        "evaluation=text_file",
+        f"evaluation.path={text}",
+        "evaluation.seq_len=20",
+        "tracking=none",
+        f"results_dir={tmp_path / 'runs'}",
+    ]
+
+
+def run(*overrides):
+    app.main(composed(*overrides))
+
+
+def records(tmp_path):
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "runs").glob("*.json"))]
+
+
+@pytest.mark.parametrize("method", ["dense", "magnitude", "magnitude_released", "wanda", "sparsegpt", "dass"])
+@pytest.mark.parametrize("sparsity", ["2of4", "4of8", "unstructured"])
+def test_every_method_and_pattern(setting, tmp_path, method, sparsity):
+    run(*setting, f"method={method}", f"sparsity={sparsity}")
+    (record,) = records(tmp_path)
+    assert tuple(record) == RECORD_KEYS
+    assert record["sparsity"]["targeted"] == pytest.approx(0 if method == "dense" else 0.5)
+    assert len(record["sparsity"]["projections"]) == {"dense": 0, "magnitude_released": 3}.get(method, 9)
+    for facts in record["sparsity"]["projections"].values():
+        assert facts["sparsity"] == pytest.approx(0.5)
+        assert ("damping" in facts) == (method == "sparsegpt")
+    (metric,) = record["metrics"]
+    assert set(metric) >= {"dataset", "metric", "value", "stderr", "n", "seq_len"}
+    assert (metric["metric"], metric["n"], metric["seq_len"], metric["tokens"]) == ("perplexity", 10, 20, 200)
+    assert len(record["windows"]) == 10
+    assert all(stage["seconds"] >= 0 and stage["peak_memory_gb"] > 0.1 for stage in record["stages"].values())
+    assert ("pruning" in record["stages"]) == (method != "dense")
+    assert ("calibration" in record["stages"]) == (method in ("wanda", "sparsegpt", "dass"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=dass", "method.axis.gate=in", "method.axis.up=in"],
+        ["method=dass", "method.update=obs"],
+        ["method=dass", "method.alpha=0"],
+        ["method=wanda", "method.axis=out", "targets=all"],
+        ["method=magnitude", "method.update=obs", "sparsity=unstructured", "sparsity.ratio=0.7"],
+        ["method=sparsegpt", "method.update=none", "sparsity=nm", "sparsity.n=3", "sparsity.m=8"],
+        ["method=sparsegpt", "method.axis=out", "sparsity=nm", "sparsity.n=1", "sparsity.m=2"],
+        ["method=dass", "sparsity=nm", "sparsity.n=16", "sparsity.m=32"],
+        ["method=dass", "targets=all", r"exclude='layers\.0\.|k_proj'"],
+    ],
+    ids=" ".join,
+)
+def test_values_are_set_freely(setting, tmp_path, overrides):
+    run(*setting, *overrides, f"masks={tmp_path / 'masks'}")
+    masks, provenance = read_masks(tmp_path / "masks")  # verifies each against its pattern and axis
+    (record,) = records(tmp_path)
+    assert provenance["id"] == record["id"]
+    assert set(masks) == set(record["sparsity"]["projections"])
+
+
+def test_evaluation_none_needs_no_tokenizer(setting, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    run(*[s for s in setting if not s.startswith("evaluation")], "evaluation=none")
+    (record,) = records(tmp_path)
+    assert record["metrics"] == record["windows"] == []
+
+
+def test_a_saved_model_is_the_pruned_model(setting, tmp_path, capsys):
+    target, masks = tmp_path / "saved", tmp_path / "masks"
+    run(*setting, f"save_model={target}", f"masks={masks}")
+    (record,) = records(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(target)
+    weight = saved.model.layers[1].mlp.up_proj.weight
+    kept = (weight.view(16, 4, 32) != 0).sum(1)
+    assert (kept == 2).all()
+    assert AutoTokenizer.from_pretrained(target)("w7").input_ids == [7]
+    card = (target / "README.md").read_text()
+    assert record["id"] in card and "criterion: dass" in card
+    dense = tiny_model()
+    apply_masks(dense, read_masks(masks)[0])
+    for a, b in zip(dense.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    text = [s for s in setting if s.startswith(("evaluation", "tracking", "results_dir"))]
+    run(*text, "model=local", f"model.path={target}", "method=dense")
+    again = next(r for r in records(tmp_path) if r["id"] != record["id"])
+    assert again["windows"] == pytest.approx(record["windows"], rel=1e-6)
+
+    capsys.readouterr()
+    run(*setting, f"save_model={target}", f"masks={masks}")
+    assert "already done" in capsys.readouterr().out
+    run(*setting, f"save_model={tmp_path / 'another'}")
+    assert "already done" not in capsys.readouterr().out and (tmp_path / "another" / "model.safetensors").exists()
+
+
+def test_skip_if_done_and_rerun(setting, tmp_path, capsys):
+    run(*setting)
+    first = records(tmp_path)
+    run(*setting)
+    assert "already done" in capsys.readouterr().out and records(tmp_path) == first
+    run(*setting, "rerun=true")
+    (second,) = records(tmp_path)
+    assert second["stages"] != first[0]["stages"]
+    assert second["windows"] == first[0]["windows"]  # the same seed, the same bits
+    path = tmp_path / "runs" / f"{second['id']}.json"
+    path.write_text("{")
+    run(*setting)
+    assert json.loads(path.read_text())["windows"] == second["windows"]
+
+
+def identity(setting, *overrides):
+    return resolve(composed(*setting, *overrides)).run_id
+
+
+def test_identity_is_of_what_determines_the_result(setting, tmp_path):
+    same = [
+        [],
+        ["device=cpu"],
+        ["batch_size=2"],
+        ["results_dir=elsewhere"],
+        ["tracking=wandb"],
+        ["masks=m"],
+        ["seed=3"],
+    ]
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    shutil.copy(tmp_path / "tokens.safetensors", tmp_path / "copy.safetensors")
+    same += [[f"model.path={tmp_path / 'copy'}"], [f"calibration.path={tmp_path / 'copy.safetensors'}"]]
+    assert len({identity(setting, *overrides) for overrides in same}) == 1
+    others = [
+        [],
+        ["method=wanda"],
+        ["method.alpha=1"],
+        ["method.axis.gate=in"],
+        ["method.update=obs"],
+        ["sparsity=4of8"],
+        ["targets=all"],
+        ["exclude=up_proj"],
+        ["model.dtype=bfloat16"],
+        ["calibration.n_sequences=3"],
+        ["evaluation.n_windows=3"],
+        ["evaluation.seq_len=10"],
+        ["method=dense"],
+    ]
+    save_file({"input_ids": random_tokens(6, 24, seed=1)}, tmp_path / "other.safetensors")
+    others += [[f"calibration.path={tmp_path / 'other.safetensors'}"]]
+    assert len({identity(setting, *overrides) for overrides in others}) == len(others)
+
+
+def test_identity_leaves_out_what_a_run_does_not_use(setting):
+    dense = [[], ["sparsity=4of8"], ["targets=all"], ["calibration.n_sequences=3"], ["seed=1"]]
+    assert len({identity(setting, "method=dense", *overrides) for overrides in dense}) == 1
+    magnitude = [[], ["calibration.n_sequences=3"], ["seed=1"], ["method.damping=0.1"]]
+    assert len({identity(setting, "method=magnitude", *overrides) for overrides in magnitude}) == 1
+    repaired = [[], ["calibration.n_sequences=3"], ["method.damping=0.1"]]
+    assert len({identity(setting, "method=magnitude", "method.update=obs", *o) for o in repaired}) == 3
+    text = [s for s in setting if not s.startswith("calibration")]
+    assert identity(text, "calibration=packaged_c4") != identity(text, "calibration=packaged_c4", "seed=1")
+
+
+def every_option():
+    """All files below conf/, as the override that selects them."""
+    for path in sorted(CONF.rglob("*.yaml")):
+        name = path.relative_to(CONF).with_suffix("")
+        yield (str(name), None) if len(name.parts) == 1 else (f"{name.parent}={name.name}", "prune")
+
+
+@pytest.mark.parametrize(("option", "primary"), list(every_option()), ids=[option for option, _ in every_option()])
+def test_every_shipped_config_composes(option, primary):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        if primary is None:
+            compose(option)
+        else:
+            compose(primary, [option], return_hydra_config=True)
+    text = next(CONF.glob(f"{option.replace('=', '/')}.yaml")).read_text()
+    assert "# python -m experiments." in "\n".join(text.splitlines()[:2])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["sparsity=nm", "sparsity.n=5", "sparsity.m=4"], "sparsity.n=5"),
+        (["sparsity=nm"], "both n and m"),
+        (["sparsity=unstructured", "sparsity.ratio=1.0"], "sparsity.ratio=1.0"),
+        (["sparsity=2of4", "sparsity.ratio=0.5"], "set either ratio"),
+        (["sparsity=nm", "sparsity.n=2", "sparsity.m=5"], "M=5"),
+        (["model.path=/nowhere"], "/nowhere"),
+        (["calibration.path=/nowhere"], "/nowhere"),
+        (["evaluation.path=/nowhere"], "/nowhere"),
+        (["evaluation.n_windows=11"], "200 tokens are 10 whole windows"),
+        (["method=dense", "masks=m"], "masks"),
+        (["batch_size=0"], "batch_size"),
+        (["method.alpha=-1"], "method.alpha"),
+        (["+method.beta=1"], "beta"),
+        (["method.alpha=x"], "method.alpha=x"),
+        (["method=dense", "method.criterion=nosuch"], "nosuch"),
+        (["targets=attention"], "targets=attention"),
+        (["exclude=."], "leaves nothing"),
+        (["tracking.name=mlflow"], "mlflow"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(setting, tmp_path, overrides, says):
+    with pytest.raises(DassError) as caught:
+        run(*setting, *overrides)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert records(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", ["vocabulary", "nan", "layout"])
+def test_models_that_cannot_be_pruned(setting, tmp_path, how):
+    if how == "vocabulary":
+        save_file({"input_ids": torch.full((2, 8), VOCABULARY)}, tmp_path / "tokens.safetensors")
+    elif how == "nan":
+        model = tiny_model()
+        model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
+        model.save_pretrained(tmp_path / "model")
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)).save_pretrained(
+            tmp_path / "model"
+        )
+    says = {"vocabulary": "vocabulary has 96", "nan": r"layers\.2\.mlp\.down_proj", "layout": "2 x GPT2Block"}[how]
+    with pytest.raises(DassError, match=says):
+        run(*setting, f"save_model={tmp_path / 'saved'}", f"masks={tmp_path / 'masks'}")
+    assert sorted(os.listdir(tmp_path)) == ["model", "text.txt", "tokens.safetensors"]
+
+
+def command(*overrides, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.prune", *overrides],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_line_tells_errors_in_one_line(setting):
+    for overrides, says in [(["sparsity.ration=1"], "ration"), (["model.path=/nowhere"], "/nowhere")]:
+        result = command(*setting, *overrides)
+        assert result.returncode == 1
+        assert len(result.stderr.strip().splitlines()) == 1 and says in result.stderr, result.stderr
+    for overrides, environment in [(["debug=true"], {}), ([], {"HYDRA_FULL_ERROR": "1"})]:
+        result = command(*setting, "model.path=/nowhere", *overrides, **environment)
+        assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_a_sweep_goes_on_after_a_failing_run(setting, tmp_path):
+    result = command("--multirun", *setting, "method=dense,wanda", "evaluation.n_windows=11,3")
+    assert result.returncode == 1
+    assert result.stderr.count("error: Too little text") == 2
+    assert sorted(record["metrics"][0]["n"] for record in records(tmp_path)) == [3, 3]
+
+
+def test_a_killed_run_leaves_no_record(setting, tmp_path):
+    save_file({"input_ids": random_tokens(20000, 24)}, tmp_path / "tokens.safetensors")
+    outputs = [f"save_model={tmp_path / 'saved'}", f"masks={tmp_path / 'masks'}"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.prune", *setting, *outputs], cwd=ROOT)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        with open(f"/proc/{process.pid}/statm") as statm:
+            if int(statm.read().split()[1]) * 4096 > 0.5e9:  # the imports are done, the calibration tokens are in
+                break
+        time.sleep(0.1)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert sorted(os.listdir(tmp_path)) == ["model", "text.txt", "tokens.safetensors"]
+
+
+def test_wandb_offline_and_a_crash_closes_the_run(setting, tmp_path, monkeypatch):
+    setting = [s for s in setting if not s.startswith("tracking")] + [f"tracking.folder={tmp_path}"]
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(*setting)
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert records(tmp_path)[0]["id"].encode() in next(offline.glob("*.wandb")).read_bytes()
+
+    import wandb
+
+    def crash(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(app, "perplexity", crash)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(*setting, "method=wanda")
+    assert wandb.run is None
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert len(records(tmp_path)) == 1
+
+
+def test_smollm2_end_to_end(tmp_path):
+    """The real model: dense is far better than pruned, and DaSS and Wanda far better than magnitude."""
+    common = [
+        "calibration.n_sequences=4",
+        "calibration.seq_len=256",
+        "evaluation.seq_len=256",
+        "evaluation.n_windows=2",
+    ]
+    values = {}
+    for method in ("dense", "magnitude", "wanda", "dass"):
+        run(*common, f"method={method}", f"results_dir={tmp_path / 'runs'}", "tracking=none")
+    for record in records(tmp_path):
+        values[record["config"]["method"]["name"]] = record["metrics"][0]["value"]
+        if record["config"]["method"]["name"] != "dense":
+            assert record["sparsity"]["targeted"] == pytest.approx(0.5, abs=1e-4)
+            assert record["sparsity"]["linear"] == pytest.approx(0.375, abs=1e-3)
+    assert values["dense"] < 40
+    assert 2 * values["dense"] < values["wanda"] < values["magnitude"] / 2
+    assert 2 * values["dense"] < values["dass"] < values["magnitude"] / 2
