@@ -11,9 +11,10 @@ help: ## list the targets
 
 setup: $(READY) ## make the environment in .venv (PYTHON=python3.11)
 
-$(READY): requirements.txt
+$(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $(READY)
 
 reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a table and a figure in outputs/reproduce
@@ -31,10 +32,10 @@ report: $(READY) ## rebuild the tables and the figure of results/ from its recor
 	$(BIN)/python -m experiments.report
 
 test: $(READY) ## the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --nbmake tests notebooks
 
 test-slow: $(READY) ## all tests, with those that take minutes and download more
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbmake tests notebooks
 
 lint: $(READY) ## ruff (check and format) and mypy
 	$(BIN)/ruff check .

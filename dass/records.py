@@ -53,6 +53,13 @@ def write_atomically(path: Path, text: str) -> None:
         raise DassError(f"Cannot write {path} ({error.strerror}): free space or choose another folder.") from error
 
 
+def require_writable(folder: Path) -> None:
+    """Raise DassError, before hours of work, if the folder is a file or nothing can be written there."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise DassError(f"Nothing can be written to {folder}, because of {existing}: choose another folder.")
+
+
 def record_path(results_dir: Path, run_id: str) -> Path:
     """Where the record of a run lies."""
     return results_dir / f"{run_id}.json"

@@ -24,7 +24,15 @@ from dass.models import (
 from dass.progress import progress, say
 from dass.pruning.blocks import find_blocks
 from dass.pruning.walk import FinishedBlock, prune_model
-from dass.records import git_state, machine_description, package_versions, read_record, record_path, write_record
+from dass.records import (
+    git_state,
+    machine_description,
+    package_versions,
+    read_record,
+    record_path,
+    require_writable,
+    write_record,
+)
 from dass.sparsity import PackedMasks, masks_id, sparsity_report
 from dass.stages import Stages
 from dass.tracking import Tracker, track
@@ -36,6 +44,9 @@ def main(config: DictConfig) -> None:
     """Run what the composed config says, unless its record exists."""
     plan = resolve(config)
     results_dir = Path(plan.config.results_dir)
+    for folder in (results_dir, plan.config.save_model, plan.config.masks):
+        if folder is not None:
+            require_writable(Path(folder))
     if plan.config.save_model is not None:
         require_own_folder(Path(plan.config.save_model))
     label = f"{plan.config.model.name} {plan.config.method['name']} {plan.run_id}"

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dass.errors import DassError
@@ -75,11 +76,13 @@ def wanda(weight: Tensor, role: str, statistics: Statistics) -> Tensor:
 def dass(weight: Tensor, role: str, statistics: Statistics, alpha: float = 0.5) -> Tensor:
     """S_ij = |W_ij| * n_i^alpha for gate and up, n_i = ||h_i||_2; Wanda's for the rest (DaSS, arXiv 2405.01943).
 
+    n is taken relative to its largest: a constant factor changes no mask, and so no alpha >= 0 overflows.
     The down projection's input is h, so there Wanda's rule is |W_ij| * n_j.
     """
     if role in ("gate", "up"):
-        assert statistics.intermediate_norm is not None
-        return weight.abs() * statistics.intermediate_norm[:, None] ** alpha
+        n = statistics.intermediate_norm
+        assert n is not None
+        return weight.abs() * (n / n.max().clamp_min(torch.finfo(n.dtype).tiny))[:, None] ** alpha
     return wanda(weight, role, statistics)
 
 

@@ -243,6 +243,8 @@ def test_every_shipped_config_composes(option, primary):
         (["targets=attention"], "targets=attention"),
         (["exclude=."], "leaves nothing"),
         (["tracking.name=mlflow"], "mlflow"),
+        (["results_dir=/proc/cpuinfo/runs"], "/proc/cpuinfo"),
+        (["masks=/proc/cpuinfo"], "/proc/cpuinfo"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

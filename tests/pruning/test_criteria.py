@@ -32,9 +32,17 @@ def test_wanda():
 
 @pytest.mark.parametrize("role", ["gate", "up"])
 def test_dass_for_gate_and_up(role):
-    assert dass(WEIGHT, role, STATISTICS).tolist() == [[2, 4], [9, 12], [0, 24]]
-    assert dass(WEIGHT, role, STATISTICS, alpha=1.0).tolist() == [[4, 8], [27, 36], [0, 96]]
+    """n = 4, 9, 16: relative to the largest 1/4, 9/16 and 1, whose roots are 1/2, 3/4 and 1."""
+    assert dass(WEIGHT, role, STATISTICS).tolist() == [[0.5, 1], [2.25, 3], [0, 6]]
+    assert dass(WEIGHT, role, STATISTICS, alpha=1.0).tolist() == [[0.25, 0.5], [27 / 16, 2.25], [0, 6]]
     assert dass(WEIGHT, role, STATISTICS, alpha=0.0).tolist() == magnitude(WEIGHT, role, STATISTICS).tolist()
+
+
+def test_dass_with_a_dead_mlp_or_a_huge_alpha_stays_finite():
+    dead = Statistics(intermediate_norm=torch.zeros(3))
+    assert dass(WEIGHT, "up", dead).tolist() == [[0, 0]] * 3
+    assert dass(WEIGHT, "up", dead, alpha=0.0).tolist() == WEIGHT.abs().tolist()
+    assert torch.isfinite(dass(WEIGHT, "up", Statistics(intermediate_norm=torch.tensor([1.0, 1e3, 1e6])), 50.0)).all()
 
 
 @pytest.mark.parametrize("role", ["down", "q", "k", "v", "o"])
