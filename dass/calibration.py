@@ -295,6 +295,10 @@ def calibration_tokens(
         return read_tokens(path, n_sequences, seq_len)
     if n_sequences is None or seq_len is None:
         raise DassError(f"calibration={name} needs `calibration.n_sequences` and `calibration.seq_len`: set both.")
+    if join and name in ("c4", "wikitext2"):
+        raise DassError(f"calibration.join does not apply to {name}, drawn as the reference draws it: leave it false.")
+    if path is not None and name == "packaged_c4":
+        raise DassError("calibration.path does not apply to packaged_c4: use calibration=text_file for your own text.")
     draw = (tokenizer, n_sequences, seq_len, seed, bos)
     if name == "wikitext2":
         return draw_wikitext(read_wikitext(path, "train"), *draw)

@@ -158,6 +158,10 @@ def test_settings_that_are_missing():
         calibration_tokens("c4", tiny_tokenizer(), None, None, 8, 0, "none", False)
     with pytest.raises(DassError, match="at least 1"):
         calibration_tokens("c4", tiny_tokenizer(), None, 0, 8, 0, "none", False)
+    with pytest.raises(DassError, match="join does not apply"):
+        calibration_tokens("c4", tiny_tokenizer(), None, 2, 8, 0, "none", True)
+    with pytest.raises(DassError, match="path does not apply"):
+        calibration_tokens("packaged_c4", tiny_tokenizer(), "text.txt", 2, 8, 0, "none", True)
     with pytest.raises(DassError, match="too short"):
         draw_joined(documents([60]), tiny_tokenizer(), 2, 1, 0, "per_sequence")
     with pytest.raises(DassError, match="bos=always"):

