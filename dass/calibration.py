@@ -16,7 +16,7 @@ from dass.errors import DassError, first_line
 from dass.progress import progress
 
 Bos = Literal["tokenizer", "per_sequence", "none"]
-"""Whether sequences begin with a BOS token: where the tokenizer puts one (once per text), in each, or nowhere."""
+"""Whether sequences begin with a BOS token: where the tokenizer puts one (before each document), in each, nowhere."""
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase
 
 C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
@@ -24,6 +24,8 @@ C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 
 def encode(tokenizer: Tokenizer, text: str, bos: Bos) -> Tensor:
     """Token ids `(n_tokens,)` of a text; with a BOS in front only where `bos` is `tokenizer` and it adds one."""
+    if not isinstance(text, str):
+        raise DassError(f"A document is {text!r} instead of text: mend the file.")
     encoded = tokenizer(
         text,
         add_special_tokens=bos == "tokenizer",
@@ -155,7 +157,9 @@ def read_c4_shard(path: Path | None) -> Sequence[str]:
         else:
             data = datasets.load_dataset("json", data_files=str(existing_file(path)), split="train")
         return data["text"]
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except DassError:
+        raise
+    except Exception as error:  # a damaged file can make datasets raise anything
         source = path or "allenai/c4"
         raise DassError(f"Cannot read {source} as C4 ({first_line(error)}): check the file or the network.") from error
 
@@ -192,9 +196,14 @@ def read_documents(path: Path) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                documents.append(str(json.loads(line)["text"]))
+                document = json.loads(line)["text"]
+                if not isinstance(document, str):
+                    raise TypeError("`text` is not a string")
             except (ValueError, KeyError, TypeError) as error:
-                raise DassError(f"{path}, line {number} is not a JSON object with a field `text`: mend it.") from error
+                raise DassError(
+                    f"{path}, line {number} is not a JSON object with a text in `text`: mend it."
+                ) from error
+            documents.append(document)
     return documents
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dass.calibration import Tokenizer
-from dass.errors import DassError, first_line
-from dass.pruning.masks import require_finite
+from dass.errors import DassError, first_line, require_finite
 from dass.records import file_sha256
 
 transformers_logging.disable_progress_bar()  # loading is a matter of seconds; the long stages have bars of ours
@@ -56,9 +54,12 @@ def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:
 def load_config(source: str, revision: str | None) -> Any:
     """The transformers config of a hub id or folder; DassError where it cannot be read."""
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # a foreign file can make transformers raise anything
         raise DassError(_why_not_loaded(source, error)) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise DassError(f"{source} is quantised: pruning needs its weights in floating point, so dequantise it first.")
+    return config
 
 
 def load_model(source: str, revision: str | None, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -82,10 +83,11 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
+            trust_remote_code=False,
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise DassError(_why_not_loaded(source, error)) from error
     if missing := sorted(loading["missing_keys"]):
         raise DassError(f"The weights of {source} lack {missing[0]} (and {len(missing) - 1} more): save it again.")
@@ -97,8 +99,8 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
 def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
     """The tokenizer of a hub id or folder; DassError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:
         raise DassError(
             f"{source} has no usable tokenizer ({first_line(error)}): save one beside the model, "
             f"or use calibration=tokens_file and evaluation=none."
@@ -168,7 +170,8 @@ def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
     if model.device.type != "cuda":
         return max(1, 512 // seq_len)
     config = model.config.get_text_config()
-    free, _ = torch.cuda.mem_get_info(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0]
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # torch's own cache
     # per token: three intermediate vectors and about a dozen of the hidden width, in fp32 where statistics are taken
     per_sequence = seq_len * (3 * config.intermediate_size + 12 * config.hidden_size) * 4
     return 2 ** min(4, max(0, int(free / 4 / per_sequence).bit_length() - 1))

@@ -1,5 +1,6 @@
 """Seconds and peak memory of the stages of a run."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -77,6 +78,6 @@ def peak_resident_memory() -> Iterator[list[int]]:
 def resident_memory() -> int:
     """Resident memory of this process now, bytes; 0 where the system does not tell."""
     try:
-        return int(STATM.read_text().split()[1]) * 4096
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0

@@ -120,7 +120,7 @@ def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -
         for index, block in enumerate(blocks):
             module, mlp = block.module, block.module.mlp
             for i, hidden in enumerate(activations.batches):
-                call = activations.calls[len(hidden)][index]
+                call = activations.calls[i][index]
                 hidden = hidden + module.self_attn(module.input_layernorm(hidden), **call.keywords)[0]
                 x = module.post_attention_layernorm(hidden)
                 mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)

@@ -81,6 +81,7 @@ class MethodConfig:
     criterion: str | None = None
     axis: dict[str, str] = field(default_factory=dict)
     update: str = "none"
+    exclude: str | None = None
     damping: float = 0.01
     block_size: int = 128
 
@@ -218,7 +219,7 @@ def _pruner(config: PruneConfig) -> BlockPruner | None:
             method.block_size,
         ),
         config.targets,  # type: ignore[arg-type]
-        config.exclude,
+        "|".join(f"(?:{expression})" for expression in (method.exclude, config.exclude) if expression) or None,
     )
 
 

@@ -113,6 +113,17 @@ def test_text_files(tmp_path):
     lines.write_text('{"text": "w3"}\n{"txt": "w4"}\n')
     with pytest.raises(DassError, match=r"b\.jsonl, line 2"):
         read_documents(lines)
+    lines.write_text('{"text": null}\n')
+    with pytest.raises(DassError, match=r"b\.jsonl, line 1"):
+        read_documents(lines)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b'{"text": "w3"}\n')[:-9], gzip.compress(b"{}\n")])
+def test_damaged_shards(tmp_path, content):
+    shard = tmp_path / "c4.json.gz"
+    shard.write_bytes(content)
+    with pytest.raises(DassError, match=r"c4\.json\.gz"):
+        calibration.read_c4_shard(shard)
 
 
 @pytest.mark.parametrize(("content", "says"), [(None, "no file"), (b"", "no text"), (b"\xff\xfe\x00", "not UTF-8")])

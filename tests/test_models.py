@@ -1,6 +1,7 @@
 """Loading, refusing and saving models."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -78,6 +79,23 @@ def test_nan_in_the_weights(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(DassError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
         load_model(str(tmp_path), None, "float32", CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_size": "abc"}, "Cannot load"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "is quantised"),
+        ({"model_type": "nosuch"}, "Cannot load"),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "nosuch"}, "Cannot load"),
+    ],
+    ids=["broken", "quantised", "unknown", "remote-code"],
+)
+def test_configs_that_are_refused(folder, change, says):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(DassError, match=says):
+        load_model(str(folder), None, "float32", CPU)
 
 
 def test_no_tokenizer(tmp_path):

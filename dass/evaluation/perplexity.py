@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dass import assets
 from dass.calibration import Bos, Tokenizer, encode, read_documents, read_wikitext, release_freed_memory, windows_of
 from dass.errors import DassError
-from dass.pruning.walk import replaced_forward
+from dass.forward import replaced_forward
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the chunk of logits that exists at a time: 64 MB in fp32."""
@@ -114,7 +114,9 @@ def window_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     base model is replaced by one that hands over a slice of hidden states already computed.
     """
     batch, seq_len = input_ids.shape
-    output = model.base_model(input_ids=input_ids, use_cache=False)
+    if model.base_model is model:
+        raise DassError(f"{type(model).__name__} does not tell its decoder from its head: it cannot be evaluated here.")
+    output = model.base_model(input_ids=input_ids, use_cache=False, return_dict=True)
     hidden = output.last_hidden_state
     sums = torch.zeros(batch, dtype=torch.float64, device=input_ids.device)
     step = max(1, LOGITS_AT_ONCE // (batch * model.get_input_embeddings().weight.shape[0]))
@@ -122,7 +124,7 @@ def window_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         stop = min(start + step, seq_len - 1)
         output.last_hidden_state = hidden[:, start:stop]
         with replaced_forward(model.base_model, lambda *_, **__: output):
-            logits = model(input_ids=input_ids[:, start:stop], use_cache=False).logits
+            logits = model(input_ids=input_ids[:, start:stop], use_cache=False, return_dict=True).logits
         targets = input_ids[:, start + 1 : stop + 1]
         chunk = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         sums += chunk.view(batch, -1).sum(1, dtype=torch.float64)

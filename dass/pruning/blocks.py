@@ -27,7 +27,7 @@ INPUT_OF_ROLE = {
     "v": "attention input",
     "o": "attention output",
 }
-"""Projections that read the same tensor share its statistics."""
+"""Projections that read the same tensor share its statistics; the walk takes this from the roles."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,21 @@ class Block:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks of a language model, in order: the longest list of modules that all hold a GLU MLP.
+    """The decoder blocks of a language model, in order: the longest outermost list of modules that all hold a GLU MLP.
 
     Raises:
         DassError: no such list; prints the lists of modules and the linear layers that were found.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # an outer module comes before what it holds
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
     candidates = {name: blocks for name, blocks in lists.items() if len(blocks) and all(map(_has_glu, blocks))}
     if not candidates:
         raise DassError(
-            f"{type(model).__name__} has an unknown layout: no list of blocks with one linear layer each named "
-            f"{', '.join(n for n, r in ROLE_OF_NAME.items() if r in MLP_ROLES)}; found {_describe(lists)}; "
+            f"{type(model).__name__} has an unknown layout: no list of blocks whose MLP has one linear layer each "
+            f"named {', '.join(n for n, r in ROLE_OF_NAME.items() if r in MLP_ROLES)}, and no other weights (such as "
+            f"experts); found {_describe(lists)}; "
             f"use a LLaMA-, Mistral-, Gemma- or Qwen-like model or extend dass/pruning/blocks.py."
         )
     name = max(candidates, key=lambda name: len(candidates[name]))
@@ -79,8 +83,13 @@ def _role(name: str) -> str | None:
 
 
 def _has_glu(block: nn.Module) -> bool:
+    """One gate, up and down, all in one child, whose weight matrices they are."""
     roles = [_role(name) for name, _ in _linears(block)]
-    return all(roles.count(role) == 1 for role in MLP_ROLES)
+    if not all(roles.count(role) == 1 for role in MLP_ROLES):
+        return False
+    mlps = [child for child in block.children() if any(_role(name) == "gate" for name, _ in _linears(child))]
+    matrices = [name for mlp in mlps for name, parameter in mlp.named_parameters() if parameter.ndim > 1]
+    return sorted(str(_role(name.removesuffix(".weight"))) for name in matrices) == sorted(MLP_ROLES)
 
 
 def _map_block(name: str, block: nn.Module) -> Block:
@@ -105,5 +114,5 @@ def _describe(lists: dict[str, nn.ModuleList]) -> str:
     name, blocks = max(lists.items(), key=lambda item: len(item[1]))
     if not len(blocks):
         return f"an empty list {name}"
-    leaves = [f"{n} ({type(child).__name__})" for n, child in blocks[0].named_modules() if hasattr(child, "weight")]
+    leaves = [f"{n} {tuple(p.shape)}" for n, p in blocks[0].named_parameters() if p.ndim > 1]
     return f"{name}: {len(blocks)} x {type(blocks[0]).__name__} with {', '.join(leaves)}"

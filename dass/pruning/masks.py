@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dass.errors import DassError
+from dass.errors import DassError, require_finite
 
 Axis = Literal["in", "out", "layer"]
 AXES: tuple[str, ...] = get_args(Axis)
@@ -43,7 +43,7 @@ class NM:
 
     def __post_init__(self) -> None:
         """Refuse N and M that no group can satisfy."""
-        if not 1 <= self.n <= self.m:
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n <= self.m):
             raise DassError(
                 f"sparsity.n={self.n} of sparsity.m={self.m} is not possible: n of m are kept, so 1 <= n <= m."
             )
@@ -84,6 +84,8 @@ def select_mask(scores: Tensor, pattern: Pattern, axis: Axis, name: str = "a lay
     Raises:
         DassError: a score is NaN or infinite, or M does not divide the group.
     """
+    if axis not in AXES:
+        raise DassError(f"The group axis of {name} is '{axis}': choose one of {', '.join(AXES)}.")
     require_finite(scores, f"The importance scores of {name}")
     if isinstance(pattern, NM):
         if axis == "layer":
@@ -105,7 +107,7 @@ def keep_most_important(scores: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
 
 
 def verify_mask(mask: Mask, name: str = "a layer") -> None:
-    """Check that every comparison group keeps exactly what the pattern says.
+    """Check that every comparison group keeps exactly what the pattern says; for masks that come from a file.
 
     Raises:
         DassError: a group keeps more or fewer weights; hardware would drop weights silently.
@@ -129,13 +131,6 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
             f"The mask of {name} breaks its pattern {mask.pattern} along '{mask.axis}' in {wrong} of {groups_seen} "
             f"comparison groups: select it again along this axis."
         )
-
-
-def require_finite(values: Tensor, what: str) -> None:
-    """Raise DassError if a value is NaN or infinite; one pass and no copy, unlike `isfinite(...).all()`."""
-    lowest, highest = torch.aminmax(values)
-    if not (torch.isfinite(lowest) & torch.isfinite(highest)):
-        raise DassError(f"{what} hold NaN or infinite values: check the model's weights and its dtype.")
 
 
 def _groups(matrix: Tensor, axis: Axis) -> Tensor:

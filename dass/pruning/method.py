@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dass.errors import DassError
+from dass.errors import DassError, require_finite
 from dass.pruning.blocks import INPUT_OF_ROLE, MLP_ROLES, Block, Projection
 from dass.pruning.criteria import Criterion, find_criterion
-from dass.pruning.masks import AXES, NM, Axis, Mask, Pattern, keep_most_important, require_finite, select_mask
+from dass.pruning.masks import AXES, NM, Axis, Mask, Pattern, keep_most_important, select_mask
 from dass.pruning.statistics import DampedInverse, InputStream, Statistics, damped_inverse
 from dass.pruning.update import obs_sweep
 
@@ -34,7 +34,8 @@ class Method:
     damping: float = 0.01
     """For the OBS solver and score: the share of the Hessian's mean diagonal that is added to it."""
     block_size: int = 128
-    """Columns per block of the OBS solver, and the width of SparseGPT's unstructured comparison groups."""
+    """Columns per block of the OBS solver, and the width of SparseGPT's unstructured comparison groups. Under N:M the
+    largest multiple of M in it, or M."""
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, with the reason."""
@@ -166,15 +167,20 @@ class BlockPruner:
     def _prune_group(self, source: str, group: list[Projection], streams: Streams) -> list[Pruned]:
         """Prune the projections that read one input; they share its statistics and its factorisation."""
         stream = streams.get(source)
+        names = " and ".join(p.name for p in group)
+        for name, one in streams.items():
+            require_finite(one.norm(), f"The calibration statistics of {names} ({name})")
         inverse = None
         if stream is not None and stream.with_hessian:
-            inverse = damped_inverse(stream.hessian(), self.method.damping, " and ".join(p.name for p in group))
+            inverse = damped_inverse(stream.hessian(), self.method.damping, names)
         statistics = Statistics(
             input_norm=stream.norm() if stream is not None else None,
             intermediate_norm=streams["intermediate"].norm() if "intermediate" in streams else None,
             inverse_factor=inverse.factor if inverse else None,
         )
         weights = {p.name: _accumulable(p.linear.weight) for p in group}
+        for name, weight in weights.items():
+            require_finite(weight, f"The weights of {name}")
         masks = {
             p.name: select_mask(
                 self._importance(weights[p.name], p.role, statistics),
@@ -233,7 +239,13 @@ class BlockPruner:
 
     def _importance(self, weight: Tensor, role: str, statistics: Statistics) -> Tensor:
         parameters = self.method.parameters if role in self.method.axis else {}
-        return self.method.criterion_for(role).importance(weight, role, statistics, **parameters)
+        scores = self.method.criterion_for(role).importance(weight, role, statistics, **parameters)
+        if scores.shape != weight.shape:
+            raise DassError(
+                f"The criterion {self.method.criterion} gives scores {tuple(scores.shape)} for a weight "
+                f"{tuple(weight.shape)}: it must return one score for each weight."
+            )
+        return scores
 
 
 def _accumulable(weight: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dass.errors import DassError
-from dass.pruning.masks import require_finite
+from dass.errors import DassError, require_finite
 
 HESSIAN_BLOCK = 256  # features; smaller blocks save more of the product's lower half, larger ones multiply faster
 DAMPING_ATTEMPTS = 4  # 1 %, 10 %, 100 % and 1000 % of the mean diagonal
@@ -27,7 +26,7 @@ class Statistics:
     intermediate_norm: Tensor | None = None
     """n_i = ||h_i||_2 of every intermediate neuron of the block's MLP (= input of its down projection), `(f,)`."""
     inverse_factor: Tensor | None = None
-    """U, upper triangular with U^T U = (X^T X + damping)^-1, `(in_features, in_features)`."""
+    """U, upper triangular with U^T U = (H + damping)^-1, H the Hessian, `(in_features, in_features)`."""
 
 
 class InputStream:
@@ -40,9 +39,12 @@ class InputStream:
         self.with_hessian = with_hessian
         # the Hessian's upper block triangle, or just its diagonal, the squares' sums
         self._products = torch.zeros(shape, dtype=self.dtype, device=device)
+        self.n_tokens = self.n_sequences = 0
 
     def add(self, x: Tensor) -> None:
-        """Add the activations of a batch, `(..., features)`."""
+        """Add the activations of a batch, `(batch, seq_len, features)`."""
+        self.n_tokens += x.shape[:-1].numel()
+        self.n_sequences += len(x)
         x = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
         if not self.with_hessian:
             self._products += x.square().sum(0)
@@ -57,8 +59,11 @@ class InputStream:
         return squares.sqrt()
 
     def hessian(self) -> Tensor:
-        """H = X^T X over all tokens so far, `(features, features)`, symmetric."""
-        return self._products.triu() + self._products.triu(1).T
+        """H = 2 / n_sequences * X^T X over all tokens so far, `(features, features)`, symmetric.
+
+        The factor is SparseGPT's. It only matters beside the diagonal of 1 that dead inputs get.
+        """
+        return (self._products.triu() + self._products.triu(1).T) * (2 / max(self.n_sequences, 1))
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if failed:
             continue
-        factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower)).to(lower), upper=True)
+        factor = torch.linalg.solve_triangular(
+            lower.flip(0, 1), torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=True
+        )
         if torch.isfinite(factor).all():
             return DampedInverse(factor, dead, share, attempt + 1)
     raise DassError(

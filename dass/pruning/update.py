@@ -27,7 +27,9 @@ def obs_sweep(
     Returns:
         The new weight, with exact zeros where it is pruned, and the mask (True = keep).
     """
-    columns = weight.T.contiguous()  # (in_features, out_features): a column of W is one contiguous row here
+    columns = weight.T.clone(
+        memory_format=torch.contiguous_format
+    )  # (in_features, out_features): a column of W is one contiguous row here
     keep = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
     ratios = factor / factor.diagonal()[:, None]
     for start in range(0, len(columns), block_size):

@@ -6,7 +6,7 @@ Every block is run by its own forward, with the keyword arguments that the model
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dass.errors import DassError
+from dass.forward import replaced_forward
 from dass.pruning.blocks import INPUT_OF_ROLE, Block, find_blocks
 from dass.pruning.method import BlockPruner, Pruned, Streams
 
@@ -38,8 +39,8 @@ class Activations:
 
     batches: list[Tensor] = field(default_factory=list)
     """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
-    calls: dict[int, list[Call]] = field(default_factory=dict)
-    """For each batch size that occurs, the call of every block."""
+    calls: list[list[Call]] = field(default_factory=list)
+    """For each batch, the call of every block; batches that the model calls alike share them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ def prune_model(
         mixed: list[Any] = []
         if activations is not None and streams:
             mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
+            for source, stream in streams.items():
+                if input_ids is not None and stream.n_tokens != input_ids.numel():
+                    raise DassError(
+                        f"{block.name} has an unknown layout: its {source} passed {stream.n_tokens} of "
+                        f"{input_ids.numel()} tokens to the layers that should read it; extend dass/pruning/blocks.py."
+                    )
         pruned = pruner.prune(block, streams)
         if activations is not None and index + 1 < len(blocks):
             for i, (hidden, call) in enumerate(_each(activations, index)):
@@ -104,8 +111,8 @@ def prune_model(
 
 def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]:
     """Every batch with the call of block `index`."""
-    for hidden in activations.batches:
-        yield hidden, activations.calls[len(hidden)][index]
+    for hidden, calls in zip(activations.batches, activations.calls, strict=True):
+        yield hidden, calls[index]
 
 
 class _Stop(Exception):
@@ -169,7 +176,7 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Te
             calls.append(Call(rest, keywords))
             if index == 0:
                 activations.batches.append(hidden)
-            if tail is None:
+            if tail is None:  # whether blocks return tuples, and what else is in them, only a real run can tell
                 output = original(hidden, *rest, **keywords)
                 wraps = isinstance(output, tuple)
                 tail = output[1:] if wraps else ()
@@ -183,19 +190,27 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Te
             for index, block in enumerate(blocks):
                 stack.enter_context(replaced_forward(block.module, stub(index, calls)))
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
-        activations.calls.setdefault(len(batch), calls)
+        if len(calls) != len(blocks):
+            raise DassError(
+                f"The model runs {len(calls)} of the {len(blocks)} blocks that were found: check its config."
+            )
+        alike = (earlier for earlier in reversed(activations.calls) if _alike(earlier, calls))
+        activations.calls.append(next(alike, calls))
     return activations
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else for a while."""
-    previous = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.forward
-        else:
-            module.forward = previous
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two calls (or arguments of calls) hold the same values."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Call):
+        return _alike(one.arguments, other.arguments) and _alike(one.keywords, other.keywords)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)

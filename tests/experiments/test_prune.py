@@ -104,6 +104,12 @@ def test_values_are_set_freely(setting, tmp_path, overrides):
     assert set(masks) == set(record["sparsity"]["projections"])
 
 
+def test_magnitude_released_stays_down_only(setting, tmp_path):
+    run(*setting, "method=magnitude_released", r"exclude='layers\.0\.'")
+    (record,) = records(tmp_path)
+    assert list(record["sparsity"]["projections"]) == [f"model.layers.{i}.mlp.down_proj" for i in (1, 2)]
+
+
 def test_evaluation_none_needs_no_tokenizer(setting, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).unlink()

@@ -1,5 +1,7 @@
 """The block map on every architecture, and on models that it must refuse."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -9,6 +11,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from dass.errors import DassError
@@ -47,13 +51,28 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
             lambda: MixtralForCausalLM(MixtralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2)),
             "2 x MixtralDecoderLayer.*q_proj",
         ),
+        (
+            lambda: Qwen2MoeForCausalLM(
+                Qwen2MoeConfig(**SMALL, moe_intermediate_size=16, shared_expert_intermediate_size=64, num_experts=4)
+            ),
+            "2 x Qwen2MoeDecoderLayer.*shared_expert",
+        ),
         (lambda: torch.nn.Linear(2, 2), "no list of modules"),
     ],
-    ids=["gpt2", "gpt-neox", "mixture-of-experts", "no-decoder"],
+    ids=["gpt2", "gpt-neox", "mixture-of-experts", "shared-expert", "no-decoder"],
 )
 def test_an_unknown_layout_says_what_was_found(make, found):
     with pytest.raises(DassError, match=f"unknown layout.*{found}"):
         find_blocks(make())
+
+
+def test_a_list_inside_a_block_is_no_list_of_blocks():
+    """Such as experts: each holds a whole GLU, but they do not follow one another."""
+    model = tiny_model()
+    for block in model.model.layers:
+        block.mlp = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(copy.deepcopy(block.mlp) for _ in range(5))})
+    with pytest.raises(DassError, match="unknown layout"):
+        find_blocks(model)
 
 
 def test_shapes_that_are_no_gated_unit():

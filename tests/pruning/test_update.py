@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from dass.errors import DassError
 from dass.pruning.blocks import find_blocks
-from dass.pruning.masks import NM, Unstructured, verify_mask
+from dass.pruning.masks import NM, Unstructured, select_mask, verify_mask
 from dass.pruning.method import BlockPruner, Method
-from dass.pruning.statistics import damped_inverse
+from dass.pruning.statistics import InputStream, damped_inverse
 from dass.pruning.update import obs_sweep
 from dass.pruning.walk import prune_model
 from tests.models import random_tokens, tiny_model
@@ -72,7 +73,7 @@ def sparsegpt_layer(pattern, axis, x, weights):
         block.projections[role].linear.weight.data.copy_(weight)
     pruner = BlockPruner(Method("obs", dict.fromkeys(ROLES, axis), pattern, "obs", block_size=16), exclude="down_proj")
     streams = pruner.open_streams(block)
-    streams["mlp input"].add(x)
+    streams["mlp input"].add(x[None])
     with torch.no_grad():
         return {pruned.projection.role: pruned for pruned in pruner.prune(block, streams)}
 
@@ -123,6 +124,28 @@ def test_dead_inputs_are_cleared():
         assert (pruned.projection.linear.weight[:, 5] == 0).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_name_the_layer(value):
+    weights = {role: torch.randn(64, 32, dtype=torch.float64) for role in ("gate", "up")}
+    weights["gate"][2, 31] = value
+    with pytest.raises(DassError, match=r"layers\.0\.mlp\.gate_proj"):
+        sparsegpt_layer(NM(2, 4), "in", correlated(300, 32), weights)
+
+
+def test_dead_inputs_weigh_as_in_the_original():
+    """There H is 2 / n_sequences * X^T X with ones for dead inputs, before 1 % of the mean diagonal is added."""
+    x = correlated(60, 6).view(5, 12, 6) * 1e-2
+    x[..., 4] = 0
+    stream = InputStream(6, torch.float64, torch.device("cpu"), True)
+    for sequence in x:
+        stream.add(sequence[None])
+    hessian = 2 / 5 * torch.einsum("btj,btk->jk", x, x)
+    hessian[4, 4] = 1
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(6)
+    factor = damped_inverse(stream.hessian(), 0.01, "a layer").factor
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(hessian))
+
+
 def output_error(dense, model, input_ids):
     """Relative change of the first block's MLP output, for the dense inputs."""
     seen = []
@@ -144,10 +167,7 @@ def test_reconstruction_error_is_below_wandas(pattern):
     weights = {role: torch.randn(64, 32, dtype=torch.float64) for role in ("gate", "up")}
     repaired = sparsegpt_layer(pattern, "layer", x, weights)
     for role, weight in weights.items():
-        wanda = weight.abs() * x.norm(dim=0)
-        from dass.pruning.masks import select_mask
-
-        keep = select_mask(wanda, pattern, "in").keep
+        keep = select_mask(weight.abs() * x.norm(dim=0), pattern, "in").keep
         assert layer_error(x, weight, repaired[role].projection.linear.weight.data) < 0.9 * layer_error(
             x, weight, weight * keep
         )

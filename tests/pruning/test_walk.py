@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from dass.errors import DassError
 from dass.pruning.blocks import find_blocks
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import BlockPruner, Method
@@ -85,7 +86,7 @@ def test_every_block_is_called_as_the_model_calls_it(architecture):
         hook.remove()
     with torch.no_grad():
         activations = enter_first_block(model, blocks, input_ids, batch_size=2)
-    calls = activations.calls[2]
+    (calls,) = activations.calls
     assert len(calls) == len(seen) == 3
     for call, (arguments, keywords) in zip(calls, seen, strict=True):
         assert len(call.arguments) == len(arguments)
@@ -119,6 +120,54 @@ def test_blocks_that_return_tuples(returns_tuple, monkeypatch):
     prune_model(model, BlockPruner(DASS), input_ids)
     for wanted, weight in zip(expected.parameters(), model.parameters(), strict=True):
         assert torch.equal(wanted, weight)
+
+
+@torch.no_grad()
+def test_arguments_that_depend_on_the_tokens():
+    """Each batch keeps the call that the model made for it, here with rotary embeddings scaled by its tokens."""
+    model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
+    original = type(model.model.rotary_emb).forward
+    model.model.rotary_emb.forward = lambda x, position_ids: [
+        part * (1 + x.mean()) for part in original(model.model.rotary_emb, x, position_ids)
+    ]
+    expected = copy.deepcopy(model)
+    prune_model(model, BlockPruner(WANDA, "all"), input_ids)
+    naive(expected, input_ids, "wanda", ALONG_INPUTS)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len(set(map(id, enter_first_block(model, find_blocks(model), input_ids, 1).calls))) == len(input_ids)
+    del model.model.rotary_emb.forward
+    assert len(set(map(id, enter_first_block(model, find_blocks(model), input_ids, 1).calls))) == 1
+
+
+def test_statistics_that_miss_tokens_are_no_statistics():
+    """An MLP that does not call its down projection, or in pieces, would be pruned on what was seen."""
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: torch.nn.functional.linear(
+        mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight
+    )
+    with pytest.raises(DassError, match=r"layers\.1 has an unknown layout.*intermediate passed 0 of 120 tokens"):
+        prune_model(model, BlockPruner(DASS), random_tokens())
+    model = tiny_model()
+    model.config.num_hidden_layers = 2
+    with pytest.raises(DassError, match="runs 2 of the 3 blocks"):
+        prune_model(model, BlockPruner(DASS), random_tokens())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(dtype):
+    """Weights stay in the model's dtype and keep their bits; masks are nearly those of fp32."""
+    half = tiny_model(dtype=dtype)
+    dense, whole = copy.deepcopy(half), copy.deepcopy(half).float()
+    for model in (half, whole):
+        prune_model(model, BlockPruner(DASS), random_tokens(12))
+    for (name, weight), other in zip(half.named_parameters(), whole.parameters(), strict=True):
+        assert weight.dtype == dtype
+        kept = weight != 0
+        assert torch.equal(weight[kept], dense.get_parameter(name)[kept])
+        assert (kept == (other != 0)).float().mean() > 0.97, name
 
 
 @torch.no_grad()
