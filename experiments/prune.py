@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dass.calibration import calibration_tokens, require_in_vocabulary
-from dass.errors import DassError
+from dass.errors import DassError, first_line
 from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.models import (
     batch_size_for,
@@ -53,10 +53,21 @@ def main(config: DictConfig) -> None:
     if not plan.config.rerun and is_done(plan):
         print(f"{label}: already done, skipping: {record_path(results_dir, plan.run_id)} (rerun=true runs it again)")
         return
+    try:
+        _run_and_record(plan, label)
+    except torch.OutOfMemoryError as error:
+        raise DassError(
+            f"The GPU's memory does not suffice ({first_line(error)}): set a smaller `batch_size` or "
+            f"`calibration.n_sequences`, or use a larger GPU."
+        ) from error
+
+
+def _run_and_record(plan: Plan, label: str) -> None:
+    """Run, write the record, tell the tracker, and print the outcome in one line."""
     tracking = plan.config.tracking
     with track(tracking.name, tracking.project, tracking.group, plan.run_id, tracking.folder, plan.composed) as tracker:
         record = run(plan, tracker)
-        path = write_record(results_dir, record)
+        path = write_record(Path(plan.config.results_dir), record)
         tracker.log_record(record)
     values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
     print(f"{label}: sparsity {record['sparsity']['targeted']:.4f} of the targeted weights{values}; {path}")
