@@ -218,7 +218,7 @@ def solver_row() -> Row:
         plain[:, i:] -= error[:, None] * factor[i, i:]
     plain[~keep] = 0
     factor32 = damped_inverse(hessian.float(), 0.01, "a layer").factor
-    ours, _ = obs_sweep(weight.float(), factor32, lambda columns, _: keep[:, columns], 128, 128)
+    ours, _ = obs_sweep(weight.float(), factor32, lambda columns, _: keep[:, columns], 128)
     error = ((ours - plain).norm() / plain.norm()).item()
     return Row("SparseGPT solver: relative difference to column by column", error, 1e-4, False, "fp32 against fp64")
 

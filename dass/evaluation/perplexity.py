@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from dass import assets
-from dass.calibration import Bos, Tokenizer, encode, read_documents, read_wikitext, release_freed_memory, windows_of
+from dass.calibration import Bos, Tokenizer, encode, release_freed_memory, windows_of
 from dass.errors import DassError
 from dass.forward import replaced_forward
+from dass.texts import read_documents, read_wikitext
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the chunk of logits that exists at a time: 64 MB in fp32."""

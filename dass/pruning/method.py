@@ -34,8 +34,7 @@ class Method:
     damping: float = 0.01
     """For the OBS solver and score: the share of the Hessian's mean diagonal that is added to it."""
     block_size: int = 128
-    """Columns per block of the OBS solver, and the width of SparseGPT's unstructured comparison groups. Under N:M the
-    largest multiple of M in it, or M."""
+    """Columns of SparseGPT's unstructured comparison groups."""
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, with the reason."""
@@ -208,8 +207,15 @@ class BlockPruner:
         stacked = torch.cat([weights[p.name] for p in group])
         stacked[:, inverse.dead] = 0
 
+        # N:M along the inputs looks at one row at a time, so all rows of the stack can be looked at together
+        row_by_row = isinstance(pattern, NM) and all(
+            p.name not in masks and self.method.axis_for(p.role) != "out" for p in group
+        )
+
         def choose(columns: slice, weight: Tensor) -> Tensor:
             statistics = Statistics(inverse_factor=inverse.factor[columns, columns])
+            if row_by_row:
+                return keep_most_important(self._importance(weight, group[0].role, statistics), pattern, "in")
             return torch.cat(
                 [
                     masks[p.name].keep[:, columns]
@@ -221,11 +227,8 @@ class BlockPruner:
                 ]
             )
 
-        block_size, choose_every = self.method.block_size, self.method.block_size
-        if isinstance(pattern, NM):
-            choose_every = pattern.m
-            block_size = max(block_size // pattern.m, 1) * pattern.m
-        new, keep = obs_sweep(stacked, inverse.factor, choose, choose_every, block_size)
+        choose_every = pattern.m if isinstance(pattern, NM) else self.method.block_size
+        new, keep = obs_sweep(stacked, inverse.factor, choose, choose_every)
         for p, new_rows, keep_rows in zip(group, new.split(sizes), keep.split(sizes), strict=True):
             p.linear.weight.copy_(new_rows)
             require_finite(p.linear.weight, f"The updated weights of {p.name}")
@@ -233,7 +236,7 @@ class BlockPruner:
             if isinstance(pattern, NM):
                 swept = Mask(keep_rows, pattern, "in" if axis == "layer" else axis)
             else:
-                swept = Mask(keep_rows, pattern, axis, column_block=block_size)
+                swept = Mask(keep_rows, pattern, axis, column_block=choose_every)
             masks.setdefault(p.name, swept)
         return masks
 

@@ -88,24 +88,13 @@ def prune_model(
         mixer = block.mixer
         if mixer is not None and any(p.linear is module for p in targets for module in mixer.modules()):
             mixer = None
-        mixed: list[Any] = []
+        mixed = None
         if activations is not None and streams:
             mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
-            for source, stream in streams.items():
-                if input_ids is not None and stream.n_tokens != input_ids.numel():
-                    raise DassError(
-                        f"{block.name} has an unknown layout: its {source} passed {stream.n_tokens} of "
-                        f"{input_ids.numel()} tokens to the layers that should read it; extend dass/pruning/blocks.py."
-                    )
+            _require_all_tokens(block, streams, activations)
         pruned = pruner.prune(block, streams)
         if activations is not None and index + 1 < len(blocks):
-            for i, (hidden, call) in enumerate(_each(activations, index)):
-                if mixer is None or not mixed or mixed[i] is None:
-                    activations.batches[i] = call(block, hidden)
-                else:
-                    with replaced_forward(mixer, lambda *_, output=mixed[i], **__: output):
-                        activations.batches[i] = call(block, hidden)
-                    mixed[i] = None
+            _advance(activations, index, block, mixer, mixed)
         on_block(FinishedBlock(index, block, pruned, time.perf_counter() - started))
 
 
@@ -113,6 +102,28 @@ def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]
     """Every batch with the call of block `index`."""
     for hidden, calls in zip(activations.batches, activations.calls, strict=True):
         yield hidden, calls[index]
+
+
+def _advance(activations: Activations, index: int, block: Block, mixer: nn.Module | None, mixed: list | None) -> None:
+    """Run the pruned block, so that its outputs take the place of its inputs; replay the mixer where it was kept."""
+    for i, (hidden, call) in enumerate(_each(activations, index)):
+        if mixer is None or mixed is None or mixed[i] is None:
+            activations.batches[i] = call(block, hidden)
+        else:
+            with replaced_forward(mixer, lambda *_, output=mixed[i], **__: output):
+                activations.batches[i] = call(block, hidden)
+            mixed[i] = None
+
+
+def _require_all_tokens(block: Block, streams: Streams, activations: Activations) -> None:
+    """Statistics of a part of the tokens, or of none, would give a mask without a warning."""
+    expected = sum(hidden.shape[:-1].numel() for hidden in activations.batches)
+    for source, stream in streams.items():
+        if stream.n_tokens != expected:
+            raise DassError(
+                f"{block.name} has an unknown layout: its {source} passed {stream.n_tokens} of {expected} tokens to "
+                f"the layers that should read it; extend dass/pruning/blocks.py."
+            )
 
 
 class _Stop(Exception):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dass.errors import DassError
+from dass.pruning import update as solver
 from dass.pruning.blocks import find_blocks
 from dass.pruning.masks import NM, Unstructured, select_mask, verify_mask
 from dass.pruning.method import BlockPruner, Method
@@ -39,16 +40,18 @@ def plain(weight, hessian, keep):
     return weight
 
 
-@pytest.mark.parametrize("block_size", [1, 7, 16, 128])
+@pytest.mark.parametrize("lazy", [1, 7, 16, 32])
+@pytest.mark.parametrize("choose_every", [1, 3, 16, 20, 128])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_the_plain_algorithm(block_size, dtype):
+def test_equals_the_plain_algorithm(lazy, choose_every, dtype, monkeypatch):
+    monkeypatch.setattr(solver, "LAZY", lazy)
     torch.manual_seed(0)
     x, weight = correlated(400, 40), torch.randn(24, 40, dtype=torch.float64)
     keep = torch.rand(24, 40) > 0.5
     inverse = damped_inverse((x.T @ x).to(dtype), 0.01, "a layer")
     hessian = x.T @ x
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
-    result, mask = obs_sweep(weight.to(dtype), inverse.factor, fixed(keep), block_size, block_size)
+    result, mask = obs_sweep(weight.to(dtype), inverse.factor, fixed(keep), choose_every)
     expected = plain(weight, hessian, keep)
     assert torch.equal(mask, keep) and (result[~keep] == 0).all()
     assert (result - expected).norm() / expected.norm() < (1e-10 if dtype == torch.float64 else 1e-4)
@@ -60,7 +63,7 @@ def test_one_pruned_weight_is_exact_obs():
     x, weight = correlated(300, 10), torch.randn(4, 10, dtype=torch.float64)
     keep = torch.ones(4, 10, dtype=torch.bool)
     keep[:, 0] = False
-    result, _ = obs_sweep(weight, damped_inverse(x.T @ x, 1e-12, "a layer").factor, fixed(keep), 128, 128)
+    result, _ = obs_sweep(weight, damped_inverse(x.T @ x, 1e-12, "a layer").factor, fixed(keep), 128)
     rest = torch.linalg.lstsq(x[:, 1:], x @ weight.T).solution.T
     torch.testing.assert_close(result[:, 1:], rest, rtol=1e-6, atol=1e-8)
 
