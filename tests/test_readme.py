@@ -60,6 +60,28 @@ def test_the_library_example_runs(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_the_table_is_that_of_the_records():
+    """Its numbers are those of results/tables, which `make report` builds from the committed records."""
+    shown = README.split("<!-- from results/tables/perplexity.md -->\n")[1].split("\n<!-- end -->")[0]
+    built = (ROOT / "results" / "tables" / "perplexity.md").read_text()
+    assert shown.splitlines() == [line for line in built.splitlines() if line.startswith("|")]
+    assert len(shown.splitlines()) == 7
+
+
+def test_the_committed_tables_are_built_from_the_committed_records():
+    from dass.records import read_records
+    from dass.report.cells import build_tables, runs_of
+    from dass.report.tables import to_csv, to_latex, to_markdown
+
+    runs = runs_of(read_records(ROOT / "results" / "runs"))
+    for suffix, built in [
+        ("md", to_markdown(build_tables(runs))),
+        ("tex", to_latex(build_tables(runs))),
+        ("csv", to_csv(runs)),
+    ]:
+        assert (ROOT / "results" / "tables" / f"perplexity.{suffix}").read_text() == built
+
+
 def test_every_option_and_target_that_is_named_exists():
     for group in ("model", "method", "sparsity", "calibration", "evaluation"):
         line = next(line for line in README.splitlines() if line.startswith(f"| `{group}=`"))

@@ -306,6 +306,7 @@ def test_a_sweep_goes_on_after_a_failing_run(setting, tmp_path):
     assert result.returncode == 1
     assert result.stderr.count("error: Too little text") == 2
     assert sorted(record["metrics"][0]["n"] for record in records(tmp_path)) == [3, 3]
+    assert not (ROOT / "multirun.yaml").exists()
 
 
 def test_a_killed_run_leaves_no_record(setting, tmp_path):
