@@ -73,8 +73,8 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
     Raises:
         DassError: it cannot be loaded (absent, gated, without weights), or a weight is NaN or infinite.
     """
-    if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
-        raise DassError(f"The model folder {source} holds no weights (*.safetensors): save the model there first.")
+    if Path(source).is_dir():
+        require_weights(Path(source))
     config = load_config(source, revision)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -96,6 +96,12 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
     return model.eval().requires_grad_(False)
 
 
+def require_weights(folder: Path) -> None:
+    """Raise DassError if a model folder holds no safetensors; pickled weights do not count."""
+    if not any(folder.glob("*.safetensors")):
+        raise DassError(f"The model folder {folder} holds no weights (*.safetensors): save the model there first.")
+
+
 def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
     """The tokenizer of a hub id or folder; DassError where there is none."""
     try:
@@ -111,10 +117,11 @@ def folder_fingerprint(folder: Path) -> str:
     """SHA-256 over the names and contents of a model folder's weights, configuration and tokenizer.
 
     Raises:
-        DassError: there is no such folder.
+        DassError: there is no such folder, or it holds no weights.
     """
     if not folder.is_dir():
         raise DassError(f"There is no model folder {folder}: give a folder written by `save_pretrained`.")
+    require_weights(folder)
     names = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja")]
     return "-".join(f"{path.name}:{file_sha256(path)}" for path in names)
 

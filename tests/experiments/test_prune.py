@@ -261,7 +261,7 @@ def test_bad_input_is_one_sentence(setting, tmp_path, overrides, says):
     assert records(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", ["vocabulary", "nan", "layout"])
+@pytest.mark.parametrize("how", ["vocabulary", "nan", "layout", "weights"])
 def test_models_that_cannot_be_pruned(setting, tmp_path, how):
     if how == "vocabulary":
         save_file({"input_ids": torch.full((2, 8), VOCABULARY)}, tmp_path / "tokens.safetensors")
@@ -269,13 +269,18 @@ def test_models_that_cannot_be_pruned(setting, tmp_path, how):
         model = tiny_model()
         model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
         model.save_pretrained(tmp_path / "model")
+    elif how == "weights":
+        (tmp_path / "model" / "model.safetensors").unlink()
+        (tmp_path / "model" / "tokenizer.json").unlink()
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)).save_pretrained(
             tmp_path / "model"
         )
-    says = {"vocabulary": "vocabulary has 96", "nan": r"layers\.2\.mlp\.down_proj", "layout": "2 x GPT2Block"}[how]
+    says = {"vocabulary": "vocabulary has 96", "nan": r"layers\.2\.mlp\.down_proj", "layout": "2 x GPT2Block"} | {
+        "weights": "holds no weights"
+    }[how]
     with pytest.raises(DassError, match=says):
         run(*setting, f"save_model={tmp_path / 'saved'}", f"masks={tmp_path / 'masks'}")
     assert sorted(os.listdir(tmp_path)) == ["model", "text.txt", "tokens.safetensors"]
