@@ -1,7 +1,5 @@
 """Calibration sets: text or tokens -> input_ids `(n_sequences, seq_len)` int64, and why they are drawn as they are."""
 
-import contextlib
-import ctypes
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from torch import Tensor
 from dass import assets
 from dass.errors import DassError
 from dass.progress import progress
+from dass.stages import release_freed_memory
 from dass.texts import read_c4_shard, read_documents, read_tokens, read_wikitext
 
 Bos = Literal["tokenizer", "per_sequence", "none"]
@@ -32,12 +31,6 @@ def encode(tokenizer: Tokenizer, text: str, bos: Bos) -> Tensor:
         verbose=False,
     )
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
-
-
-def release_freed_memory() -> None:
-    """Give freed memory back to the system: a tokenizer leaves half a kilobyte per token of a long text behind."""
-    with contextlib.suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def windows_of(tokens: Tensor, seq_len: int, bos: Bos, tokenizer: Tokenizer) -> Tensor:

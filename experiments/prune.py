@@ -4,6 +4,7 @@ python -m experiments.prune method=dass sparsity=2of4
 python -m experiments.prune -m method=dense,magnitude,wanda,sparsegpt,dass sparsity=unstructured,4of8,2of4
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from dass.records import (
     write_record,
 )
 from dass.sparsity import PackedMasks, masks_id, sparsity_report
-from dass.stages import Stages
+from dass.stages import Stages, release_freed_memory
 from dass.tracking import Tracker, track
 from experiments.app import run_app
 from experiments.schema import Plan, resolve, source_of
@@ -91,13 +92,14 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     source, revision = source_of(config.model), config.model.revision
     needs_text = config.evaluation.name != "none" or (plan.calibrates and config.calibration.name != "tokens_file")
-    tokenizer = load_tokenizer(source, revision) if needs_text or config.save_model is not None else None
+    tokenizer = load_tokenizer(source, revision) if needs_text else None
     calibration = windows = None
     if plan.calibrates:
         with stages.measure("calibration"):
             calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **vars(config.calibration))
     if config.evaluation.name != "none":
         windows = evaluation_windows(tokenizer=tokenizer, **vars(config.evaluation))
+    tokenizer = None  # it takes as much memory as some models; `save_model` loads it again
     with stages.measure("load"):
         model = load_model(source, revision, plan.dtype, plan.device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -110,6 +112,8 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
     if plan.pruner is not None:
         with stages.measure("pruning"):
             report = prune(plan, model, calibration, masks, tracker)
+        calibration = None
+        release_freed_memory()
     sparsity = sparsity_report(model, targeted_projections(plan, model))
     for name, facts in report.items():
         sparsity["projections"][name] |= facts
@@ -145,8 +149,17 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
     if config.masks is not None:
         masks.write(Path(config.masks), {key: record[key] for key in ("id", "config", "git", "versions")})
     if config.save_model is not None:
-        save_model(model, tokenizer, Path(config.save_model), model_card(record))
+        save_model(model, tokenizer_if_any(source, revision), Path(config.save_model), model_card(record))
     return record
+
+
+def tokenizer_if_any(source: str, revision: str | None) -> Any:
+    """The tokenizer to save beside the pruned model; None, and a note, where the source has none."""
+    try:
+        return load_tokenizer(source, revision)
+    except DassError as error:
+        print(f"note: the model is saved without a tokenizer: {error}", file=sys.stderr)
+        return None
 
 
 def targeted_projections(plan: Plan, model: torch.nn.Module) -> list[Any]:

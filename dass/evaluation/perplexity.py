@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from dass import assets
-from dass.calibration import Bos, Tokenizer, encode, release_freed_memory, windows_of
+from dass.calibration import Bos, Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.forward import replaced_forward
+from dass.stages import release_freed_memory
 from dass.texts import read_documents, read_wikitext
 
 LOGITS_AT_ONCE = 2**24

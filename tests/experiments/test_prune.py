@@ -113,7 +113,9 @@ def test_magnitude_released_stays_down_only(setting, tmp_path):
 def test_evaluation_none_needs_no_tokenizer(setting, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).unlink()
-    run(*[s for s in setting if not s.startswith("evaluation")], "evaluation=none")
+    saved = tmp_path / "saved"
+    run(*[s for s in setting if not s.startswith("evaluation")], "evaluation=none", f"save_model={saved}")
+    assert (AutoModelForCausalLM.from_pretrained(saved).model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
     (record,) = records(tmp_path)
     assert record["metrics"] == record["windows"] == []
 
@@ -278,8 +280,11 @@ def test_models_that_cannot_be_pruned(setting, tmp_path, how):
         GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)).save_pretrained(
             tmp_path / "model"
         )
-    says = {"vocabulary": "vocabulary has 96", "nan": r"layers\.2\.mlp\.down_proj", "layout": "2 x GPT2Block"} | {
-        "weights": "holds no weights"
+    says = {
+        "vocabulary": "vocabulary has 96",
+        "nan": r"layers\.2\.mlp\.down_proj",
+        "layout": "2 x GPT2Block",
+        "weights": "holds no weights",
     }[how]
     with pytest.raises(DassError, match=says):
         run(*setting, f"save_model={tmp_path / 'saved'}", f"masks={tmp_path / 'masks'}")
