@@ -88,7 +88,7 @@ def draw_documents(
         if len(lengths) == len(documents):
             raise DassError(
                 f"Too little text: none of the {len(documents)} documents is longer than {length} tokens (the longest "
-                f"has {max(lengths.values())}): shorten `calibration.seq_len` or set `calibration.join=true`."
+                f"has {max(lengths.values())}): shorten `calibration.seq_len` or give longer documents."
             )
     bar.close()
     return _begin(torch.stack(windows), bos, tokenizer)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -20,6 +21,7 @@ transformers_logging.disable_progress_bar()  # loading is a matter of seconds; t
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CARD = "README.md"
+MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of the files of a saved model
 
 
 def resolve_device(device: str) -> torch.device:
@@ -87,6 +89,8 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise DassError(_why_not_loaded(source, error)) from error
     if missing := sorted(loading["missing_keys"]):
@@ -107,6 +111,8 @@ def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:
+        if _is_gated(error):
+            raise DassError(_why_not_loaded(source, error)) from error
         raise DassError(
             f"{source} has no usable tokenizer ({first_line(error)}): save one beside the model, "
             f"or use calibration=tokens_file and evaluation=none."
@@ -122,7 +128,7 @@ def folder_fingerprint(folder: Path) -> str:
     if not folder.is_dir():
         raise DassError(f"There is no model folder {folder}: give a folder written by `save_pretrained`.")
     require_weights(folder)
-    names = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja")]
+    names = [p for p in sorted(folder.iterdir()) if p.suffix in MODEL_SUFFIXES]
     return "-".join(f"{path.name}:{file_sha256(path)}" for path in names)
 
 
@@ -149,22 +155,33 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer | None, folder: Path
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise DassError(
-            f"Cannot write the model to {folder} ({error.strerror}): free space or choose another."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise DassError(f"Cannot write the model to {folder} ({why}): free space or choose another.") from error
 
 
 def require_own_folder(folder: Path) -> None:
     """Raise DassError if a folder exists and holds anything but a model that `save_model` wrote."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and card_id(folder) is None)):
+    if not folder.exists():
+        return
+    if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and card_id(folder) is None):
         raise DassError(f"save_model={folder} exists and is not a model of this project: choose another folder.")
+    foreign = [path.name for path in folder.iterdir() if path.name != CARD and path.suffix not in MODEL_SUFFIXES]
+    if foreign:
+        raise DassError(
+            f"save_model={folder} would be replaced, but it also holds {foreign[0]}, which is not of a saved model: "
+            f"choose another folder."
+        )
 
 
 def card_id(folder: Path) -> str | None:
     """The run's identity in the model card of a saved folder; None where there is none."""
     card = folder / CARD
-    found = re.search(r"^dass_run: (\w+)$", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    found = (
+        re.search(r"^dass_run: (\w+)$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        if card.is_file()
+        else None
+    )
     return found[1] if found else None
 
 
@@ -191,10 +208,14 @@ def parameter_bytes(model: nn.Module) -> int:
 
 def _why_not_loaded(source: str, error: BaseException) -> str:
     """One sentence on why a model could not be loaded."""
-    text = str(error)
-    if "gated" in text.lower() or "restricted" in text.lower():
+    if _is_gated(error):
         return f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`."
     return (
         f"Cannot load {source} ({first_line(error)}): check the path or id, the files in it, and the network; "
         f"it must be a causal language model with safetensors weights."
     )
+
+
+def _is_gated(error: BaseException) -> bool:
+    """Whether the hub refused because a licence has to be accepted first."""
+    return any(word in str(error).lower() for word in ("gated", "restricted"))

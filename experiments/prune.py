@@ -99,7 +99,8 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
             calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **vars(config.calibration))
     if config.evaluation.name != "none":
         windows = evaluation_windows(tokenizer=tokenizer, **vars(config.evaluation))
-    tokenizer = None  # it takes as much memory as some models; `save_model` loads it again
+    # a tokenizer takes as much memory as some models: kept only where it is to be saved
+    tokenizer = tokenizer_if_any(source, revision) if config.save_model is not None else None
     with stages.measure("load"):
         model = load_model(source, revision, plan.dtype, plan.device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -149,7 +150,7 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
     if config.masks is not None:
         masks.write(Path(config.masks), {key: record[key] for key in ("id", "config", "git", "versions")})
     if config.save_model is not None:
-        save_model(model, tokenizer_if_any(source, revision), Path(config.save_model), model_card(record))
+        save_model(model, tokenizer, Path(config.save_model), model_card(record))
     return record
 
 

@@ -138,6 +138,9 @@ def resolve(config: DictConfig) -> Plan:
     """
     composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
     typed: PruneConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    _require_separate_folders(typed)
+    if not 0 <= typed.seed < 2**63:
+        raise DassError(f"seed={typed.seed} must be between 0 and 2^63 - 1.")
     device = resolve_device(typed.device)
     model_identity = _model_identity(typed.model)
     pruner = _pruner(typed)
@@ -155,6 +158,20 @@ def resolve(config: DictConfig) -> Plan:
     if pruner is not None:
         determinants |= _pruning_identity(typed, pruner)
     return Plan(typed, composed, dtype, device, pruner, identity_of(determinants))
+
+
+def _require_separate_folders(config: PruneConfig) -> None:
+    """A saved model replaces its folder: nothing else may lie in it, nor may it be the model that it comes from."""
+    if config.save_model is None:
+        return
+    target = Path(config.save_model).resolve()
+    for name, other in (
+        ("masks", config.masks),
+        ("results_dir", config.results_dir),
+        ("model.path", config.model.path),
+    ):
+        if other is not None and target in (Path(other).resolve(), *Path(other).resolve().parents):
+            raise DassError(f"save_model={config.save_model} would replace {name}={other}: choose another folder.")
 
 
 def source_of(model: ModelConfig) -> str:

@@ -151,6 +151,10 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path):
     with pytest.raises(DassError, match="choose another folder"):
         save_model(tiny_model(), None, tmp_path, CARD)
     assert os.listdir(tmp_path) == ["thesis.tex"]
+    save_model(tiny_model(), None, tmp_path / "saved", CARD)
+    (tmp_path / "saved" / "NOTES.md").write_text("mine")
+    with pytest.raises(DassError, match=r"NOTES\.md"):
+        save_model(tiny_model(), None, tmp_path / "saved", CARD)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
