@@ -46,8 +46,12 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
     os.environ.setdefault("DASS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))  # inherited by the jobs of a sweep
 
+    started = False
+
     @functools.wraps(task)
     def job(config: DictConfig) -> None:
+        nonlocal started
+        started = True
         try:
             task(config)
         except USER_ERRORS as error:
@@ -63,8 +67,9 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except Reported:
         sys.exit(1)
-    except USER_ERRORS as error:
-        if debug:
+    except Exception as error:
+        # before the task starts only composing the config can fail, and Hydra meets some of it with a bare ValueError
+        if debug or (started and not isinstance(error, USER_ERRORS)):
             raise
         print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -137,6 +137,7 @@ def resolve(config: DictConfig) -> Plan:
         DassError: a value or combination that means nothing, or a file that is not there.
     """
     composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
+    _require_known_keys(config)
     typed: PruneConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
     _require_separate_folders(typed)
     if not 0 <= typed.seed < 2**63:
@@ -158,6 +159,19 @@ def resolve(config: DictConfig) -> Plan:
     if pruner is not None:
         determinants |= _pruning_identity(typed, pruner)
     return Plan(typed, composed, dtype, device, pruner, identity_of(determinants))
+
+
+def _require_known_keys(config: DictConfig) -> None:
+    """Keys added with `+` pass Hydra; only a method may have more than its schema says."""
+    schema: DictConfig = OmegaConf.structured(PruneConfig)
+    for key, node in config.items():
+        name, unknown = str(key), []
+        if name not in list(schema):
+            unknown = [name]
+        elif isinstance(node, DictConfig) and name != "method":
+            unknown = [f"{name}.{inner!s}" for inner in node if inner not in list(schema[name])]
+        if unknown:
+            raise DassError(f"There is no setting {unknown[0]}: see the files in conf/ for those that exist.")
 
 
 def _require_separate_folders(config: PruneConfig) -> None:

@@ -252,6 +252,8 @@ def test_every_shipped_config_composes(option, primary):
         (["exclude=."], "leaves nothing"),
         (["tracking.name=mlflow"], "mlflow"),
         (["seed=-1"], "seed=-1"),
+        (["+results_dirr=x"], "results_dirr"),
+        (["+sparsity.foo=1"], "sparsity.foo"),
         (["save_model=m", "masks=m/masks"], "would replace masks"),
         (["save_model=m", "results_dir=m"], "would replace results_dir"),
         (["results_dir=/proc/cpuinfo/runs"], "/proc/cpuinfo"),
