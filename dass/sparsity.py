@@ -1,8 +1,6 @@
 """What share of the weights is zero, and masks as files."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 from dass.errors import DassError
 from dass.pruning.blocks import Projection
 from dass.pruning.masks import NM, Mask, Unstructured, verify_mask
+from dass.records import write_atomically
 
 MASKS_FILE = "masks.safetensors"
 
@@ -76,19 +75,7 @@ class PackedMasks:
         """
         metadata = {"provenance": json.dumps(provenance), "masks": json.dumps(self.about)}
         path = folder / MASKS_FILE
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{MASKS_FILE}.")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(save(self.bits, metadata))
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-        except OSError as error:
-            raise DassError(f"Cannot write {path} ({error.strerror}): free space or choose another folder.") from error
+        write_atomically(path, save(self.bits, metadata))
         return path
 
 
