@@ -2,12 +2,16 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 OUT := outputs/reproduce
+SCALE := small
+EXPERIMENTS := table1 table-glu-variants table-zero-shot ablation-alpha ablation-granularity ablation-calibration \
+	ablation-update sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce results report test test-slow lint format benchmark benchmark-gpu
+.PHONY: help setup reproduce $(EXPERIMENTS) experiments tables train-tiny test test-slow lint format benchmark \
+	benchmark-gpu
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-21s %s\n", $$1, $$2}'
 
 setup: $(READY) ## make the environment in .venv (PYTHON=python3.11)
 
@@ -24,12 +28,32 @@ reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a tabl
 	$(BIN)/python -m experiments.report records=$(OUT)/runs output=$(OUT) reference=results/runs
 	@touch $(OUT)/finished
 
-results: $(READY) ## the same into results/, whose records are committed; those that exist are skipped
-	$(BIN)/python -m experiments.prune --multirun experiment=reproduce results_dir=results/runs
-	$(MAKE) --no-print-directory report
+# Each of these runs what has no record yet, and rebuilds the experiment's tables and figure, also where runs failed.
+table1: ## perplexity: models x methods x patterns (SCALE=small or paper, here and below)
+table-glu-variants: $(if $(filter small,$(SCALE)),train-tiny) ## SwiGLU, GeGLU and ReGLU
+table-zero-shot: ## zero-shot accuracy
+ablation-alpha: ## DaSS's exponent
+ablation-granularity: ## comparison groups within output rows or input columns
+ablation-calibration: ## number, draw and source of calibration sequences
+ablation-update: ## masks without and with SparseGPT's update
+sparsity-curve: ## perplexity over sparsity
+pruning-time: ## seconds and memory of each method; on an idle machine
+diagnostics: ## errors, overlap of masks and spread of norms, block by block
 
-report: $(READY) ## rebuild the tables and the figure of results/ from its records
-	$(BIN)/python -m experiments.report
+$(EXPERIMENTS): $(READY)
+	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
+	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
+	$(BIN)/python -m experiments.report tables=$$experiment at_scale=$(SCALE) tracking=wandb || status=$$?; \
+	exit $$status
+
+experiments: $(READY) ## all of them
+	$(MAKE) --no-print-directory --keep-going $(EXPERIMENTS)
+
+tables: $(READY) ## rebuild all tables and figures of results/ from its records, without a model
+	$(BIN)/python -m experiments.report tables=all at_scale=$(SCALE)
+
+train-tiny: $(READY) ## train the small models that table-glu-variants compares, where they are not there
+	$(BIN)/python -m experiments.train_tiny
 
 test: $(READY) ## the tests
 	$(BIN)/python -m pytest -m "not slow" --nbmake tests notebooks
@@ -40,7 +64,7 @@ test-slow: $(READY) ## all tests, with those that take minutes and download more
 lint: $(READY) ## ruff (check and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dass experiments
+	$(BIN)/mypy dass experiments hydra_plugins
 
 format: $(READY) ## let ruff mend and format
 	$(BIN)/ruff check --fix .

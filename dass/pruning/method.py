@@ -170,7 +170,8 @@ class BlockPruner:
         for name, one in streams.items():
             require_finite(one.norm(), f"The calibration statistics of {names} ({name})")
         inverse = None
-        if stream is not None and stream.with_hessian:
+        # the stream may hold a Hessian for another method's sake
+        if stream is not None and any("inverse_factor" in self.method.needs_for(p.role) for p in group):
             inverse = damped_inverse(stream.hessian(), self.method.damping, names)
         statistics = Statistics(
             input_norm=stream.norm() if stream is not None else None,

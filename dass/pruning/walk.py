@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,24 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
-from dass.pruning.blocks import INPUT_OF_ROLE, Block, find_blocks
-from dass.pruning.method import BlockPruner, Pruned, Streams
+from dass.pruning.blocks import INPUT_OF_ROLE, Block, Projection, find_blocks
+from dass.pruning.method import Pruned, Streams
+
+
+class Pruner(Protocol):
+    """What the walk asks of a method, or of several that are compared."""
+
+    def check(self, blocks: list[Block]) -> None:
+        """Refuse what does not fit these blocks."""
+
+    def projections(self, block: Block) -> list[Projection]:
+        """The projections of a block that may change."""
+
+    def open_streams(self, block: Block) -> Streams:
+        """Empty statistics for every input that must be seen in this block."""
+
+    def prune(self, block: Block, streams: Streams) -> list[Pruned]:
+        """Set the weights of a block, and say what was done to which projection."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class FinishedBlock:
 @torch.no_grad()
 def prune_model(
     model: PreTrainedModel,
-    pruner: BlockPruner,
+    pruner: Pruner,
     input_ids: Tensor | None,
     batch_size: int = 1,
     on_block: Callable[[FinishedBlock], None] = lambda finished: None,

@@ -1,8 +1,8 @@
-"""What the report compares, from run records alone.
+"""What the report compares.
 
-A record becomes a `Run`. Runs that differ in nothing but the seed are averaged in a `Cell`; cells that may be compared
-(same model, evaluation, targets, calibration) stand in one `Table`. Methods are compared on the same windows of text:
-the standard error of a paired difference is far smaller than that of either perplexity.
+Runs that differ in nothing but the seed are averaged in a `Cell`; cells that may be compared (same model, evaluation,
+targets, calibration) stand in one `Table`. Methods are compared on the same windows of text: the standard error of a
+paired difference is far smaller than that of either perplexity.
 """
 
 import functools
@@ -10,47 +10,18 @@ import math
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from dass.report.runs import Run, missing_text
 
 METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "dass")  # the others follow by name
 WIN = 2.0  # a difference counts beyond this many standard errors of it
 
 
 @dataclass(frozen=True)
-class Run:
-    """One perplexity of one record; what the run did not use (a dense run: any calibration) is None."""
-
-    id: str
-    model: str  # with its dtype
-    evaluation: str  # in words: dataset, windows, sequence length, tokens counted
-    pruned: str | None  # the targets
-    calibration: str | None  # in words: text, sequences, sequence length
-    dataset: str
-    seq_len: int
-    tokens: int
-    method: str
-    options: tuple[str, ...]  # ("alpha=0.5", "axis.gate=out"): what the method's config says beyond its name
-    pattern: str  # "dense", "50%", "2:4"
-    seed: int
-    perplexity: float
-    stderr: float | None
-    sparsity_targeted: float | None
-    sparsity_linear: float | None
-    pruning_seconds: float | None
-    machine: str
-    losses: tuple[float, ...]  # mean token loss of each window, nats
-
-    @property
-    def setting(self) -> tuple[str | None, ...]:
-        """What comparable runs have in common; a None agrees with everything."""
-        return self.model, self.evaluation, self.pruned, self.calibration
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One method under one pattern: its runs, which differ in the seed alone."""
+    """One method under one pattern: its runs, which differ in the seeds alone; those with a result, if any has one."""
 
     label: str
     runs: tuple[Run, ...]
@@ -66,9 +37,19 @@ class Cell:
         return self.runs[0].pattern
 
     @property
+    def found(self) -> bool:
+        """Whether there is any result."""
+        return self.runs[0].perplexity is not None
+
+    @property
     def perplexity(self) -> float:
-        """Mean perplexity over the seeds."""
-        return float(np.mean([run.perplexity for run in self.runs]))
+        """Mean perplexity over the seeds; NaN without a result."""
+        return float(np.mean([run.perplexity for run in self.runs])) if self.found else math.nan
+
+    @property
+    def replicates(self) -> tuple[tuple[int, int], ...]:
+        """The seeds of the runs."""
+        return tuple(run.replicate for run in self.runs)
 
     @functools.cached_property
     def losses(self) -> np.ndarray:
@@ -79,6 +60,11 @@ class Cell:
         """Mean over the seeds of a field of `Run`; None if a run lacks it."""
         values = [getattr(run, name) for run in self.runs]
         return None if None in values else float(np.mean(values))
+
+    def spread(self) -> float | None:
+        """Standard deviation of the perplexity over the seeds; None with fewer than two results."""
+        values = [run.perplexity for run in self.runs if run.perplexity is not None]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -134,23 +120,12 @@ class Table:
 
     def best(self, pattern: str) -> set[str]:
         """The lowest perplexity of a pattern and all that cannot be told apart from it; none where none was beaten."""
-        cells = [cell for cell in self.cells if cell.pattern == pattern != "dense"]
+        cells = [cell for cell in self.cells if cell.pattern == pattern != "dense" and cell.found]
         if len(cells) < 2:
             return set()
         lowest = min(cells, key=lambda cell: cell.perplexity)
         differences = {cell.label: paired_difference(cell, lowest) for cell in cells}
         return {label for label, difference in differences.items() if not (difference and difference.counts)}
-
-
-def runs_of(records: list[dict[str, Any]]) -> list[Run]:
-    """The perplexities of all records; a record with unusable contents is named on stderr and left out."""
-    runs = []
-    for record in records:
-        try:
-            runs += [_run(record, metric) for metric in record["metrics"] if metric["metric"] == "perplexity"]
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            print(f"left out: the record {record['id']} is malformed ({error!r}): run it again.", file=sys.stderr)
-    return runs
 
 
 def build_tables(runs: list[Run]) -> list[Table]:
@@ -159,6 +134,7 @@ def build_tables(runs: list[Run]) -> list[Table]:
     def agree(setting: tuple, other: tuple) -> bool:
         return all(part is None or part == other[i] for i, part in enumerate(setting))
 
+    runs = [run for run in runs if run.evaluation]
     labels = method_labels(runs)  # of all tables together, so that a row has the same name in each
     settings = {run.setting for run in runs}
     whole = [one for one in settings if not any(one != other and agree(one, other) for other in settings)]
@@ -175,7 +151,7 @@ def method_labels(runs: list[Run]) -> dict[str, str]:
         same = [other.options for other in runs if other.method == run.method]
         deviations = [option for option in run.options if any(option not in options for options in same)]
         labels[run.id] = f"{run.method} ({', '.join(deviations)})" if deviations else run.method
-    places = {run.id: (run.setting, labels[run.id], run.pattern, run.seed) for run in runs}
+    places = {run.id: (run.setting, labels[run.id], run.pattern, run.replicate) for run in runs}
     taken = Counter(places.values())
     return {
         run_id: f"{labels[run_id]} [{run_id}]" if taken[place] > 1 else labels[run_id]
@@ -186,52 +162,20 @@ def method_labels(runs: list[Run]) -> dict[str, str]:
 def paired_difference(cell: Cell, other: Cell) -> Difference | None:
     """Mean loss of `cell` minus that of `other`, nats per token; None for a single window, which has no error.
 
-    The variance is that of the windows' differences and, where a method ran with several seeds, that between seeds.
+    The variance is that of the windows' differences and, where a method ran with several seeds, that between seeds:
+    of the differences where both ran with the same ones, else of each method.
     """
+    if not (cell.found and other.found):
+        return None
     d = cell.losses.mean(axis=0) - other.losses.mean(axis=0)
     if len(d) < 2:
         return None
     variance = d.var(ddof=1) / len(d)
-    for losses in (cell.losses, other.losses) if cell is not other else ():
-        variance += losses.mean(axis=1).var(ddof=1) / len(losses) if len(losses) > 1 else 0.0
+    of_seeds = [one.losses.mean(axis=1) for one in (cell, other)]
+    if cell.replicates == other.replicates:
+        of_seeds = [of_seeds[0] - of_seeds[1]]
+    variance += sum(means.var(ddof=1) / len(means) for means in of_seeds if len(means) > 1)
     return Difference(float(d.mean()), math.sqrt(variance))
-
-
-def _run(record: dict[str, Any], metric: dict[str, Any]) -> Run:
-    config, machine, losses = record["config"], record["machine"], tuple(map(float, record["windows"]))
-    if not math.isclose(math.exp(math.fsum(losses) / len(losses)), metric["value"], rel_tol=1e-4):
-        raise ValueError("its windows contradict its perplexity")
-    method, model = config["method"], config["model"]
-    dtype = config.get("resolved", model)["dtype"]  # the model's own may be "auto"
-    places = [f"{key}: {model[key]}" for key in ("hub_id", "revision", "path") if model.get(key)]
-    pruned = calibration = None
-    if method["name"] != "dense":
-        pruned = config["targets"] + (f" without {config['exclude']}" if config["exclude"] else "")
-        if "calibration" in record["stages"]:
-            sequences, length = config["calibration"]["n_sequences"], config["calibration"]["seq_len"]
-            calibration = _words(config["calibration"], f"{sequences or 'all'} sequences", length or "all")
-    return Run(
-        id=record["id"],
-        model=f"{model['name']} ({', '.join([dtype, *places])})",
-        evaluation=_words(config["evaluation"], f"{len(losses)} windows", metric["seq_len"])
-        + f", {metric['tokens']} tokens counted",
-        pruned=pruned,
-        calibration=calibration,
-        dataset=metric["dataset"],
-        seq_len=metric["seq_len"],
-        tokens=metric["tokens"],
-        method=method["name"],
-        options=tuple(f"{key}={value}" for key, value in sorted(_flat(method).items()) if key != "name"),
-        pattern=_pattern(config["sparsity"]) if pruned else "dense",
-        seed=config["seed"],
-        perplexity=metric["value"],
-        stderr=metric["stderr"],
-        sparsity_targeted=record["sparsity"]["targeted"] if pruned else None,
-        sparsity_linear=record["sparsity"]["linear"] if pruned else None,
-        pruning_seconds=record["stages"]["pruning"]["seconds"] if pruned else None,
-        machine=f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['memory_gb']:g} GB",
-        losses=losses,
-    )
 
 
 def _table(runs: list[Run], setting: tuple[str | None, ...], labels: dict[str, str]) -> Table:
@@ -240,9 +184,18 @@ def _table(runs: list[Run], setting: tuple[str | None, ...], labels: dict[str, s
         groups[strictness(run.pattern), rank(labels[run.id])].append(run)
     model, evaluation, pruned, calibration = (part or "none" for part in setting)
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs if run.calibration}))
+    trained = ", ".join(
+        str(seed) for seed in sorted({run.training_seed for run in runs if run.training_seed is not None})
+    )
     facts = {"model": model, "evaluation": evaluation, "pruned": pruned, "calibration": calibration}
-    facts |= {"seeds": seeds or "none", "machine": "; ".join(sorted({run.machine for run in runs}))}
-    cells = [Cell(labels[group[0].id], tuple(group)) for _, group in sorted(groups.items())]
+    facts |= {"seeds": (seeds or "none") + (f" (of the models' training: {trained})" if trained else "")}
+    facts |= {"machine": "; ".join(sorted({run.machine for run in runs if run.machine})) or "none"}
+    if missing := [run for run in runs if run.perplexity is None]:
+        facts |= {"missing": missing_text(missing)}
+    cells = []
+    for _, group in sorted(groups.items()):
+        finished = [run for run in group if run.perplexity is not None]
+        cells.append(Cell(labels[group[0].id], tuple(finished or group)))
     return Table(facts, runs[0].dataset, tuple(cells))
 
 
@@ -260,22 +213,3 @@ def strictness(pattern: str) -> tuple[float, int]:
         return float(pattern[:-1]) / 100, -sys.maxsize
     n, m = map(int, pattern.split(":"))
     return 1 - n / m, -m
-
-
-def _pattern(sparsity: dict[str, Any]) -> str:
-    return f"{100 * sparsity['ratio']:g}%" if sparsity["n"] is None else f"{sparsity['n']}:{sparsity['m']}"
-
-
-def _words(text: dict[str, Any], count: str, seq_len: int | str) -> str:
-    """A calibration or evaluation in words, with all that its config says."""
-    counted = ("name", "n_sequences", "n_windows", "seq_len")
-    details = [f"{key}: {value}" for key, value in text.items() if key not in counted and value is not None]
-    return f"{text['name']}, {count} × {seq_len} tokens ({', '.join(details)})"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

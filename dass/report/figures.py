@@ -1,4 +1,4 @@
-"""The figure of who wins: perplexity over pattern, a panel for each table. matplotlib is imported nowhere else.
+"""How figures look and are written, and the figure of who wins: perplexity over pattern, a panel for each table.
 
 No pyplot: no global state and no display; PNG files are drawn by Agg.
 """
@@ -6,6 +6,7 @@ No pyplot: no global state and no display; PNG files are drawn by Agg.
 import io
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from dass.errors import DassError
+from dass.records import write_atomically
 from dass.report.cells import Table, rank
 
 
@@ -90,12 +91,13 @@ def perplexity_figure(tables: list[Table]) -> Figure:
 
 def _panel(axes: Axes, table: Table, styles: dict[str, Style]) -> None:
     patterns = [pattern for pattern in table.patterns if pattern != "dense"]
-    for cell in table.cells:
+    found = [cell for cell in table.cells if cell.found]
+    for cell in found:
         style = styles[cell.label]
         if cell.method == "dense":
             axes.axhline(cell.perplexity, color=style.color, linestyle="--", linewidth=0.8, zorder=0)
             continue
-        labels = [other.label for other in table.cells if other.pattern == cell.pattern]
+        labels = [other.label for other in found if other.pattern == cell.pattern]
         step = min(0.16, 0.8 / len(labels))
         x = patterns.index(cell.pattern) + step * (labels.index(cell.label) - (len(labels) - 1) / 2)
         face = style.color if cell.label in table.best(cell.pattern) else "white"
@@ -113,27 +115,27 @@ def _panel(axes: Axes, table: Table, styles: dict[str, Style]) -> None:
     axes.set_xticks(range(len(patterns)), patterns)
     axes.set_xlim(-0.6, max(len(patterns), 1) - 0.4)
     axes.set_ylabel(f"perplexity, {table.dataset}")
-    values = [cell.perplexity for cell in table.cells]
-    if max(values) > LOG_ABOVE * min(values):
+    set_perplexity_scale(axes, [cell.perplexity for cell in found])
+
+
+def set_perplexity_scale(axes: Axes, values: list[float]) -> None:
+    """A logarithmic axis where perplexity explodes."""
+    if values and max(values) > LOG_ABOVE * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def write_perplexity_figure(tables: list[Table], folder: Path) -> list[Path]:
-    """Write `perplexity.pdf` and `perplexity.png`, the same bytes for the same tables; returns the paths."""
+def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
+    """Write what `draw` draws as `<name>.pdf` and `<name>.png`, the same bytes each time; returns the paths."""
     undated = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
     paths = []
     with matplotlib.rc_context(RC):
-        figure = perplexity_figure(tables)
+        figure = draw()
         for suffix, metadata in undated.items():
             content = io.BytesIO()
             figure.savefig(content, format=suffix, dpi=300, metadata=metadata)
-            paths.append(folder / f"perplexity.{suffix}")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                paths[-1].write_bytes(content.getvalue())
-            except OSError as error:
-                raise DassError(f"Cannot write {paths[-1]} ({error.strerror}): choose another folder.") from error
+            paths.append(folder / f"{name}.{suffix}")
+            write_atomically(paths[-1], content.getvalue())
     return paths

@@ -20,7 +20,7 @@ from dass.records import RECORD_KEYS
 from dass.sparsity import apply_masks, read_masks
 from experiments import prune as app
 from experiments.app import CONF
-from experiments.schema import resolve
+from experiments.resolve import resolve
 from tests.models import VOCABULARY, random_tokens, tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 

@@ -9,8 +9,9 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 from dass.records import read_records
-from dass.report.cells import build_tables, runs_of
-from dass.report.figures import METHOD_STYLE, label_styles, perplexity_figure, write_perplexity_figure
+from dass.report.cells import build_tables
+from dass.report.figures import METHOD_STYLE, label_styles, perplexity_figure, write_figure
+from dass.report.runs import runs_of
 from tests.report.records import losses, make_record, write_example
 
 
@@ -75,7 +76,12 @@ def test_a_column_wide_vector_file_with_embedded_fonts_and_no_date(tmp_path: Pat
     write_example(tmp_path)
     tables = build_tables(runs_of(read_records(tmp_path)))
     assert perplexity_figure(tables).get_size_inches()[0] == 3.3
-    pdf, png = (path.read_bytes() for path in write_perplexity_figure(tables, tmp_path / "figures"))
+    pdf, png = (
+        path.read_bytes() for path in write_figure(lambda: perplexity_figure(tables), tmp_path / "figures", "x")
+    )
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf
     assert b"CreationDate" not in pdf and b"Matplotlib" not in png
-    assert [path.read_bytes() for path in write_perplexity_figure(tables, tmp_path / "again")] == [pdf, png]
+    assert [path.read_bytes() for path in write_figure(lambda: perplexity_figure(tables), tmp_path / "again", "x")] == [
+        pdf,
+        png,
+    ]

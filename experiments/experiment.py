@@ -1,0 +1,84 @@
+"""The runs that an experiment consists of, from its file in `conf/experiment`, and their records."""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dass.errors import DassError
+from experiments.app import CONF
+from experiments.identity import design_of, needs_calibration
+from experiments.methods import pruners_of
+from hydra_plugins.grids_sweeper import jobs_of
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One file of `conf/experiment` at one scale."""
+
+    name: str
+    kind: str
+    """Of its report: a name in `dass.report.kinds.KINDS`."""
+    runs: list["PlannedRun"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of an experiment."""
+
+    design: str
+    """What it is to do, in 16 hex digits."""
+    config: dict[str, Any]
+    calibrates: bool
+
+
+def experiment_names() -> list[str]:
+    """All experiments."""
+    return sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def load_experiment(name: str, scale: str, overrides: list[str]) -> Experiment:
+    """Every run that `python -m experiments.prune -m experiment=NAME scale=SCALE OVERRIDES` would launch, each once.
+
+    To be called where Hydra is initialised: in an app, or inside `hydra.initialize_config_dir`.
+
+    Raises:
+        DassError: there is no such experiment.
+    """
+    if name not in experiment_names():
+        raise DassError(f"There is no experiment {name}: choose one of {', '.join(experiment_names())}.")
+    arguments = [f"experiment={name}", f"scale={scale}", *overrides]
+    runs: dict[str, PlannedRun] = {}
+    whole = compose("prune", arguments, return_hydra_config=True)
+    sweeper: dict[str, Any] = OmegaConf.to_container(whole.hydra.sweeper, resolve=True)  # type: ignore[assignment]
+    composed = functools.cache(lambda *overrides: compose("prune", [*arguments, *overrides]))
+    for job in jobs_of(sweeper["grids"], sweeper["scales"].get(scale, [{}]), arguments):
+        config = _compose(job, composed)
+        typed = OmegaConf.to_object(config)
+        design = design_of(typed)  # type: ignore[arg-type]
+        calibrates = any(map(needs_calibration, pruners_of(typed).values()))  # type: ignore[arg-type]
+        runs.setdefault(design, PlannedRun(design, OmegaConf.to_container(config, resolve=True), calibrates))  # type: ignore[arg-type]
+    return Experiment(name, str(whole.report), list(runs.values()))
+
+
+def _compose(job: list[str], composed: Callable[..., DictConfig]) -> DictConfig:
+    """What Hydra composes from a job's overrides, sooner: each option of a group is composed once for all jobs.
+
+    An option writes under its group's own key only.
+    """
+    config = copy.deepcopy(composed())
+    values = []
+    for override in OverridesParser.create().parse_overrides(job):
+        key = override.get_key_element()
+        if not (CONF / key).is_dir():
+            values.append((key, override.value()))
+        elif key not in ("experiment", "scale"):
+            config[key] = copy.deepcopy(composed(override.input_line)[key])
+    for key, value in values:  # as in Hydra, whatever their order among the options
+        OmegaConf.update(config, key, value)
+    return config

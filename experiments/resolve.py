@@ -1,0 +1,124 @@
+"""From the composed config to a checked run: nothing heavy has been loaded yet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dass import assets
+from dass.errors import DassError
+from dass.models import resolve_device, resolve_dtype
+from dass.pruning.method import BlockPruner
+from dass.records import identity_of
+from dass.training.tiny import trained_model
+from experiments.identity import determinants, needs_calibration
+from experiments.methods import pruners_of
+from experiments.schema import ModelConfig, PruneConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run."""
+
+    config: PruneConfig
+    composed: dict[str, Any]
+    """The composed config as plain values, for the record."""
+    dtype: str
+    device: torch.device
+    pruners: dict[str, BlockPruner]
+    """By the name of the method: none for the dense model, several where methods are only compared."""
+    run_id: str
+
+    @property
+    def compares(self) -> bool:
+        """Whether methods are compared on every block, and the model stays dense."""
+        return len(self.pruners) > 1
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the run reads any calibration tokens."""
+        return any(map(needs_calibration, self.pruners.values()))
+
+
+def resolve(config: DictConfig) -> Plan:
+    """Check the composed config and turn it into library values and an identity.
+
+    Raises:
+        DassError: a value or combination that means nothing, or a file that is not there.
+    """
+    composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
+    _require_known_keys(config)
+    typed: PruneConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    _require_separate_folders(typed)
+    if not 0 <= typed.seed < 2**63:
+        raise DassError(f"seed={typed.seed} must be between 0 and 2^63 - 1.")
+    device = resolve_device(typed.device)
+    pruners = pruners_of(typed)
+    for name, asked in (("masks", typed.masks), ("save_model", typed.save_model)):
+        if asked is not None and len(pruners) > 1:
+            raise DassError(f"{name}=DIR has nothing to write where methods are only compared: choose one method.")
+    if not pruners and typed.masks is not None:
+        raise DassError("masks=DIR has nothing to write for the dense model: choose a method that prunes.")
+    if len(pruners) > 1 and typed.evaluation.name != "none":
+        raise DassError("method=compare leaves the model dense: set evaluation=none.")
+    if typed.batch_size is not None and typed.batch_size < 1:
+        raise DassError(f"batch_size={typed.batch_size} must be at least 1, or null for one that fits the memory.")
+    found = determinants(typed, pruners, contents=True)
+    dtype = typed.model.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"  # known without fetching the model
+    else:
+        dtype = resolve_dtype(dtype, source_of(typed.model), typed.model.revision)
+    return Plan(typed, composed, dtype, device, pruners, identity_of(found | {"dtype": dtype}))
+
+
+def source_of(model: ModelConfig) -> str:
+    """What to load: a hub id or a folder, which for a packaged model is made on first need."""
+    if model.packaged is not None:
+        return str(assets.packaged_model(model.packaged))
+    if model.trained is not None:
+        return str(trained_model(model.trained))
+    return str(model.path or model.hub_id)
+
+
+def loads(plan: Plan) -> list[str]:
+    """In words what a run would load: the model, and the texts that it reads."""
+    config, model = plan.config, plan.config.model
+    source = next(f"{k} {v}" for k in ("packaged", "trained", "hub_id", "path") if (v := getattr(model, k)) is not None)
+    found = [f"model {source}" + (f" @ {model.revision}" if model.revision else "") + f" in {plan.dtype}"]
+    if plan.calibrates:
+        calibration = config.calibration
+        size = f"{calibration.n_sequences or 'all'} x {calibration.seq_len or 'all'} tokens"
+        found.append(f"calibration {calibration.path or calibration.name}, {size}")
+    if config.evaluation.name != "none":
+        found.append(f"evaluation {config.evaluation.path or config.evaluation.name}")
+    return found
+
+
+def _require_known_keys(config: DictConfig) -> None:
+    """Keys added with `+` pass Hydra; only a method may have more than its schema says."""
+    schema: DictConfig = OmegaConf.structured(PruneConfig)
+    for key, node in config.items():
+        name, unknown = str(key), []
+        if name not in list(schema):
+            unknown = [name]
+        elif isinstance(node, DictConfig) and name != "method":
+            unknown = [f"{name}.{inner!s}" for inner in node if inner not in list(schema[name])]
+        if unknown:
+            raise DassError(f"There is no setting {unknown[0]}: see the files in conf/ for those that exist.")
+
+
+def _require_separate_folders(config: PruneConfig) -> None:
+    """A saved model replaces its folder: nothing else may lie in it, nor may it be the model that it comes from."""
+    if config.save_model is None:
+        return
+    target = Path(config.save_model).resolve()
+    for name, other in (
+        ("masks", config.masks),
+        ("results_dir", config.results_dir),
+        ("model.path", config.model.path),
+    ):
+        if other is not None and target in (Path(other).resolve(), *Path(other).resolve().parents):
+            raise DassError(f"save_model={config.save_model} would replace {name}={other}: choose another folder.")

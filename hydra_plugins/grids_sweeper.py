@@ -1,0 +1,95 @@
+"""Hydra's sweep over several grids in turn, so that one experiment is exactly the runs that its table needs.
+
+Hydra finds plugins in a namespace package of this name only. An experiment in `conf/experiment` sets
+
+    hydra:
+      sweeper:
+        scales:
+          small: [{model: smollm2_135m}]
+          paper: [{model: "llama2_7b,llama2_13b"}]
+        grids:
+          - {method: dense}
+          - {method: "wanda,dass", sparsity: "4of8,2of4"}
+
+Each grid is the Cartesian product of its comma-separated values; it is swept once for each of the scale's entries,
+which add to it or replace its values. What the command line says takes the place of both. Without grids it is Hydra's
+basic sweep.
+"""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+Grid = dict[str, Any]
+
+
+@dataclass
+class GridsConf:
+    """The node `hydra.sweeper`."""
+
+    _target_: str = "hydra_plugins.grids_sweeper.GridsSweeper"
+    grids: list[Any] = field(default_factory=lambda: [{}])
+    scales: dict[str, list[Any]] = field(default_factory=dict)
+    scale: str | None = "${scale}"
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="grids", node=GridsConf, provider="grids_sweeper")
+
+
+class GridsSweeper(Sweeper):
+    """Launches all the jobs of all the grids together, lets every one run, and lists those that failed."""
+
+    def __init__(self, grids: list[Grid], scales: dict[str, list[Grid]], scale: str | None) -> None:
+        """The values of `GridsConf`."""
+        self.grids, self.scales, self.scale = grids, scales, scale
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's hook: bring the launcher."""
+        self.hydra_context = hydra_context
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
+        """Run all jobs; then list the failed ones on stderr and raise the first one's error."""
+        assert self.launcher is not None
+        jobs = jobs_of(self.grids, self.scales.get(self.scale or "", [{}]), arguments)
+        self.validate_batch_is_legal(jobs)
+        results = self.launcher.launch(jobs, initial_job_idx=0)
+        failed = [result for result in results if result.status != JobStatus.COMPLETED]
+        if failed:
+            print(f"{len(failed)} of {len(jobs)} runs failed:", file=sys.stderr)
+            for result in failed:
+                print(f"  {' '.join(result.overrides or [])}: {result._return_value}", file=sys.stderr)
+            raise failed[0]._return_value
+        return results
+
+
+def jobs_of(grids: list[Grid], variants: list[Grid], arguments: list[str]) -> list[list[str]]:
+    """The overrides of every job, each job once, in the order of the grids.
+
+    Args:
+        grids: from a key of the config to its value, or to several of them separated by commas.
+        variants: more of the same; each is merged into every grid.
+        arguments: the command line's overrides; a key given here is no longer taken from a grid.
+    """
+    parser = OverridesParser.create()
+    jobs: list[list[str]] = []
+    for grid, variant in itertools.product(grids, variants):
+        given = [f"{key}={value}" for key, value in {**grid, **variant}.items()]
+        jobs += BasicSweeper.split_arguments(parser.parse_overrides(given + arguments), None)[0]
+    return [job for index, job in enumerate(jobs) if job not in jobs[:index]]

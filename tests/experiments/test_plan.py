@@ -1,0 +1,107 @@
+"""`python -m experiments.plan`: every model composes and prints, and bad input is one sentence."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dass.errors import DassError
+from experiments import plan
+from experiments.app import CONF
+from tests.models import tiny_model
+
+PLANNED = [path.stem for path in sorted((CONF / "model").glob("*.yaml")) if "architecture" in OmegaConf.load(path)]
+DEVICES = [path.stem for path in sorted((CONF / "hardware").glob("*.yaml"))]
+
+
+def composed(*overrides, name="plan"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def printed(capsys, *overrides):
+    plan.main(composed(*overrides))
+    return capsys.readouterr().out
+
+
+def cells(out, method, stage):
+    """The cells of one row of the table of stages."""
+    (row,) = [r for line in out.splitlines() if (r := [c.strip() for c in line.split("|")])[1:3] == [method, stage]]
+    return row[3:-1]
+
+
+@pytest.mark.parametrize("model", PLANNED)
+def test_every_model(capsys, model):
+    out = printed(capsys, f"model={model}")
+    for method in plan.METHODS:
+        assert cells(out, method, "whole run")
+    assert "an estimate" in out and "none is measured" in out and "0.4 x peak" in out
+    assert ("the walk refuses this model" in out) == (model == "mixtral_8x7b")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device(capsys, device):
+    assert f"on {device}" in printed(capsys, f"device={device}", "dtype=float32")
+
+
+def test_what_fits(capsys):
+    assert cells(printed(capsys, "model=llama2_7b"), "dass", "whole run")[-1] == "yes"
+    # 138 GB of weights and their activations: neither one nor the other card holds them
+    assert cells(printed(capsys, "model=llama2_70b"), "dass", "whole run")[-1] == "no: 2 x h100 or offload"
+    assert cells(printed(capsys, "model=llama2_70b", "device=a100_40gb"), "dass", "whole run")[-1].startswith("no: 4 x")
+
+
+def test_evaluation_counts_windows(capsys):
+    assert "166 windows of 2048 tokens, if" in printed(capsys)
+    assert "7 windows of 512 tokens." in printed(capsys, "evaluation.n_windows=7", "evaluation.seq_len=512")
+    assert "| each " in (out := printed(capsys, "evaluation=none")) and "evaluation" not in out.lower()
+
+
+def test_efficiency_is_a_setting(capsys):
+    assert "0.25 x peak" in printed(capsys, "efficiency=0.25")
+    assert "(1 x peak)" in printed(capsys, "device=cpu_2cores", "dtype=float32")
+
+
+def test_a_folder_without_weights(capsys, tmp_path):
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    out = printed(capsys, "model=local", f"model.path={tmp_path}")
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["device=gtx"], "device=gtx is unknown: choose one of a100, "),
+        (["model=local"], "model=local needs a folder"),
+        (["model.architecture.model_type=nope"], "not one that transformers knows"),
+        (["sparsity=nm", "sparsity.n=2", "sparsity.m=7"], "M=7 does not divide"),
+        (["sparsity=nm"], "set either ratio"),
+        (["calibration=tokens_file"], "calibration=tokens_file does not say how much"),
+        (["evaluation=text_file"], "evaluation=text_file does not say how much"),
+        (["evaluation=zero_shot"], "evaluation=zero_shot is not of windows of text"),
+        (["evaluation.seq_len=1"], "windows of 1 tokens"),
+        (["efficiency=0"], "efficiency=0.0 must be above 0"),
+        (["targets=none"], "targets=none is unknown"),
+        (["batch_size=0"], "batch_size=0 must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_sentence(overrides, sentence):
+    with pytest.raises(DassError, match=sentence):
+        plan.main(composed(*overrides))
+
+
+def test_the_group_does_not_shadow_a_setting():
+    assert composed("device=cpu", name="prune").device == "cpu"
+
+
+def test_the_command_line():
+    command = [sys.executable, "-m", "experiments.plan", "model=llama31_405b", "device=h200"]
+    ran = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=True)
+    assert "405,853,388,800" in ran.stdout
+    command[-1] = "device=gtx"
+    ran = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and ran.stderr.startswith("error: device=gtx")

@@ -1,0 +1,181 @@
+"""The comparison against outputs that are really computed, and against each method run alone."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dass.errors import DassError
+from dass.pruning.blocks import MLP_ROLES, find_blocks
+from dass.pruning.comparison import Comparison, norm_spread, reordered_share
+from dass.pruning.criteria import CRITERIA, criterion
+from dass.pruning.masks import NM, Unstructured
+from dass.pruning.method import BlockPruner, Method
+from dass.pruning.walk import prune_model
+from tests.models import random_tokens, tiny_model
+
+ALONG_INPUTS = dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "in")
+ALONG_OUTPUTS = {**ALONG_INPUTS, "gate": "out", "up": "out"}
+
+
+def pruners(pattern=NM(2, 4), targets="mlp"):  # noqa: B008  (frozen)
+    methods = {
+        "magnitude": Method("magnitude", ALONG_INPUTS, pattern),
+        "sparsegpt": Method("obs", ALONG_INPUTS, pattern, "obs"),
+        "dass": Method("dass", ALONG_OUTPUTS, pattern),
+        "repaired": Method("dass", ALONG_OUTPUTS, pattern, "obs"),
+    }
+    return {name: BlockPruner(method, targets) for name, method in methods.items()}
+
+
+def compare(model, chosen, input_ids):
+    comparison = Comparison(chosen)
+    prune_model(model, comparison, input_ids, batch_size=2)
+    return comparison
+
+
+def inputs_of(model, linear, input_ids):
+    """What enters a layer in one plain forward of the whole model, `(tokens, in_features)`."""
+    seen = []
+    hook = linear.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids)
+    hook.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.3)], ids=str)
+def test_errors_and_overlaps_are_those_of_each_method_alone(pattern, targets):
+    model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
+    chosen = pruners(pattern, targets)
+    measured = compare(model, chosen, input_ids).as_dict()
+    roles = MLP_ROLES if targets == "mlp" else tuple(ALONG_INPUTS)
+    for index, block in enumerate(find_blocks(model)):
+        kept = {}
+        for name, pruner in chosen.items():
+            alone = copy.deepcopy(model)
+            only = BlockPruner(pruner.method, targets, exclude=rf"layers\.(?!{index}\.)")
+            prune_model(alone, only, input_ids)
+            for role in roles:
+                linear, pruned = block.projections[role].linear, find_blocks(alone)[index].projections[role].linear
+                x = inputs_of(model, linear, input_ids)
+                with torch.no_grad():
+                    y, lost = linear(x), linear(x) - pruned(x)
+                expected = (lost.square().sum() / y.square().sum()).item()
+                assert 0 < expected < 2
+                assert measured["errors"][name][role][index] == pytest.approx(expected, rel=1e-9)
+                kept[name, role] = set(map(tuple, pruned.weight.nonzero().tolist()))
+        for pair, by_role in measured["jaccard"].items():
+            one, other = pair.split("|")
+            for role in roles:
+                a, b = kept[one, role], kept[other, role]
+                assert by_role[role][index] == pytest.approx(len(a & b) / len(a | b), rel=1e-6)
+    assert len(measured["jaccard"]) == 6
+    assert measured["jaccard"]["dass|repaired"]["gate"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_stays_dense_bit_for_bit(dtype):
+    model = tiny_model(dtype=dtype)
+    before = copy.deepcopy(model.state_dict())
+    finished = []
+    prune_model(model, Comparison(pruners()), random_tokens(), on_block=finished.append)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert [one.pruned for one in finished] == [[], [], []]
+
+
+def test_a_method_that_fails_leaves_the_weights_as_they_were(monkeypatch):
+    monkeypatch.setattr("dass.pruning.criteria.CRITERIA", dict(CRITERIA))
+
+    @criterion()
+    def broken(weight, role, statistics):
+        """NaN for the down projection, which comes after gate and up."""
+        return weight.abs() * (float("nan") if role == "down" else 1)
+
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    chosen = pruners() | {"broken": BlockPruner(Method("broken", ALONG_INPUTS, NM(2, 4)))}
+    with pytest.raises(DassError, match=r"layers\.0\.mlp\.down_proj hold NaN"):
+        compare(model, chosen, random_tokens())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_what_a_method_leaves_dense_has_no_number():
+    chosen = pruners()
+    chosen["magnitude"] = BlockPruner(chosen["magnitude"].method, exclude="(gate|up)_proj$")
+    chosen["dass"] = BlockPruner(chosen["dass"].method, exclude=r"layers\.1\..*gate")
+    measured = compare(tiny_model(), chosen, random_tokens()).as_dict()
+    assert list(measured["errors"]["magnitude"]) == ["down"] == list(measured["jaccard"]["magnitude|dass"])
+    missing = [value is None for value in measured["errors"]["dass"]["gate"]]
+    assert missing == [False, True, False] == [v is None for v in measured["jaccard"]["sparsegpt|dass"]["gate"]]
+
+
+def test_the_norms_are_measured_on_the_intermediate_activations():
+    model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
+    chosen = {name: BlockPruner(pruner.method, exclude="down_proj$") for name, pruner in pruners().items()}
+    measured = compare(model, chosen, input_ids).as_dict()["norms"]
+    for index, block in enumerate(find_blocks(model)):
+        n = inputs_of(model, block.projections["down"].linear, input_ids).square().sum(0).sqrt().numpy()
+        assert measured["cv"][index] == pytest.approx(n.std() / n.mean())
+        assert measured["p90_p10"][index] == pytest.approx(np.percentile(n, 90) / np.percentile(n, 10))
+        shares = [
+            reordered_share(block.projections[role].linear.weight, torch.from_numpy(n)) for role in ("gate", "up")
+        ]
+        assert measured["reordered"][index] == pytest.approx(np.mean(shares))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0])
+def test_reordered_pairs_by_looking_at_each(alpha):
+    generator = torch.Generator().manual_seed(0)
+    weight, n = torch.randn(12, 7, generator=generator), torch.rand(12, generator=generator)
+    turned = 0
+    for j in range(7):
+        for i in range(11):
+            a, b = abs(weight[i, j].item()), abs(weight[i + 1, j].item())
+            turned += (a < b) != (a * n[i].item() ** alpha < b * n[i + 1].item() ** alpha)
+    assert reordered_share(weight, n, alpha) == pytest.approx(turned / 77)
+    assert (turned > 0) == (alpha > 0)
+
+
+def test_uniform_norms_reorder_nothing_and_silent_neurons_give_no_ratio():
+    block = find_blocks(tiny_model())[0]
+    uniform = norm_spread(block, torch.full((64,), 3.0))
+    assert (uniform.cv, uniform.p90_p10, uniform.reordered) == (0, 1, 0)
+    assert norm_spread(block, torch.arange(64.0).sub(20).relu()).p90_p10 is None
+    silent = norm_spread(block, torch.zeros(64))
+    assert (silent.cv, silent.p90_p10, silent.reordered) == (None, None, 0)
+
+
+def test_json_takes_what_a_dead_block_leaves():
+    """A down projection that reads only zeros has no relative error."""
+    model = tiny_model()
+    torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
+    measured = compare(model, pruners(), random_tokens()).as_dict()
+    assert measured["errors"]["dass"]["down"][1] is None and measured["norms"]["cv"][1] is None
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"one": BlockPruner(Method("wanda", {}, NM(2, 4)))}, "at least two methods"),
+        ({p: BlockPruner(Method("wanda", {}, NM(2, int(p)))) for p in "48"}, r"their pattern \(2:4, 2:8\)"),
+        ({t: BlockPruner(Method("wanda", {}, NM(2, 4)), t) for t in ("mlp", "all")}, r"their targets \(all, mlp\)"),
+    ],
+)
+def test_refuses_what_cannot_be_compared(chosen, message):
+    with pytest.raises(DassError, match=message):
+        Comparison(chosen)
+
+
+def test_refuses_what_one_method_cannot_do_before_anything_runs():
+    chosen = {name: BlockPruner(pruner.method) for name, pruner in pruners(NM(2, 48)).items()}
+    with pytest.raises(DassError, match="M=48 does not divide"):
+        compare(tiny_model(), chosen, random_tokens())
+    with pytest.raises(DassError, match="needs calibration tokens"):
+        compare(tiny_model(), pruners(), None)

@@ -1,0 +1,283 @@
+"""The plan against models that really exist and run: counts of parameters, operations, bytes and zeros."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, MixtralConfig, MixtralForCausalLM
+
+from dass.errors import DassError
+from dass.evaluation.perplexity import perplexity
+from dass.planning.architecture import config_from, read_architecture
+from dass.planning.costs import Workload, plan_evaluation, plan_load, plan_pruning, share_removed, targeted_weights
+from dass.planning.device import Assumptions, Device, Stage, seconds
+from dass.pruning.blocks import find_blocks
+from dass.pruning.masks import NM, Unstructured
+from dass.pruning.method import BlockPruner, Method
+from dass.pruning.update import obs_sweep
+from dass.pruning.walk import prune_model
+from dass.sparsity import sparsity_report
+from tests.models import ARCHITECTURES, SIZES, random_tokens, tiny_model
+
+CONF_MODEL = Path(__file__).parents[1] / "conf" / "model"
+KNOWN_TOTALS = {  # parameters as the models' pages and papers give them, exactly
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "llama31_8b": 8_030_261_248,
+    "llama31_405b": 405_853_388_800,
+    "mistral_7b": 7_241_732_096,
+    "mixtral_8x7b": 46_702_792_704,
+    "gemma_2b": 2_506_172_416,
+    "gemma_7b": 8_537_680_896,
+    "relullama_7b": 6_738_415_616,
+}
+SHARES_OF_LINEAR = {"llama2_7b": 0.334, "llama2_70b": 0.412, "mistral_7b": 0.404, "gemma_7b": 0.409}  # the paper's
+MIXTRAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+WANDA = Method("wanda", dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "in"), NM(2, 4))
+DASS = Method("dass", {"gate": "out", "up": "out", "down": "in"}, NM(2, 4))
+
+
+def sparsegpt(pattern=NM(2, 4), **changes):  # noqa: B008  # frozen
+    return Method("obs", dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "layer"), pattern, "obs", **changes)
+
+
+def tiny_mixtral(**changes):
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**{**MIXTRAL, **changes})).eval()
+
+
+def conf_architecture(name):
+    return read_architecture(
+        config_from(OmegaConf.to_container(OmegaConf.load(CONF_MODEL / f"{name}.yaml").architecture))
+    )
+
+
+def stages_of(model, method, work, targets="mlp"):
+    architecture = read_architecture(model.config)
+    return {stage.name: stage for stage in plan_pruning(architecture, BlockPruner(method, targets), work)}
+
+
+def work_on(input_ids, batch_size=1):
+    return Workload("float32", *input_ids.shape, batch_size)
+
+
+def accumulating(self_shape, a, b, *args, out_shape=None, **kwargs):
+    """Of addmm_ and addr_, which torch's counter does not know."""
+    return 2 * a[0] * (a[1] if len(a) > 1 else 1) * b[-1]
+
+
+def counted(function):
+    """The floating-point operations that really happen."""
+    aten = torch.ops.aten
+    with FlopCounterMode(
+        display=False, custom_mapping={aten.addmm_: accumulating, aten.addr_: accumulating}
+    ) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "mixtral"])
+def test_parameters_by_role(name):
+    model = tiny_mixtral() if name == "mixtral" else tiny_model(name)
+    planned = read_architecture(model.config)
+    words = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "experts": ".experts.", "router": "mlp.gate."}
+    words |= {role: f"self_attn.{role}_proj.weight" for role in "qkvo"}
+    words |= {"embedding": "embed_tokens", "head": "lm_head", "norm": "norm"}
+    if name == "mixtral":
+        words = {role: word for role, word in words.items() if role not in ("gate", "up", "down")}
+    found = Counter()
+    for parameter_name, parameter in model.named_parameters():
+        (role,) = [role for role, word in words.items() if word in parameter_name] or ["other"]
+        found[role] += parameter.numel()
+    assert planned.parameters == found
+    assert planned.total == sum(p.numel() for p in model.parameters())
+    assert (planned.refusal is not None) == (name == "mixtral")
+    assert len(planned.blocks) == 3
+
+
+@pytest.mark.parametrize("name", KNOWN_TOTALS)
+def test_known_totals(name):
+    assert conf_architecture(name).total == KNOWN_TOTALS[name]
+
+
+def test_every_hub_model_has_a_known_total():
+    hub = {path.stem for path in CONF_MODEL.glob("*.yaml") if OmegaConf.load(path).get("hub_id")}
+    assert hub == set(KNOWN_TOTALS)
+
+
+@pytest.mark.parametrize("name", SHARES_OF_LINEAR)
+def test_shares_of_the_paper(name):
+    model = conf_architecture(name)
+    share = 0.5 * targeted_weights(model, BlockPruner(WANDA)) / model.linear
+    assert share == pytest.approx(SHARES_OF_LINEAR[name], abs=0.0005)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma3"])
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 8), Unstructured(0.5)], ids=str)
+def test_share_removed(architecture, targets, pattern):
+    model = tiny_model(architecture)
+    pruner = BlockPruner(Method("wanda", WANDA.axis, pattern), targets)
+    planned = read_architecture(model.config)
+    prune_model(model, pruner, random_tokens())
+    report = sparsity_report(model, [p for block in find_blocks(model) for p in pruner.projections(block)])
+    removed = share_removed(pattern) * targeted_weights(planned, pruner)
+    assert report["targeted"] == share_removed(pattern)
+    assert report["linear"] == pytest.approx(removed / planned.linear)
+    assert report["total"] == pytest.approx(removed / planned.total)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("method", [WANDA, DASS], ids=lambda method: method.criterion)
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_operations_of_the_walk(architecture, method, targets, batch_size):
+    model, input_ids = tiny_model(architecture, attn_implementation="eager"), random_tokens(5, 24)
+    flops = counted(lambda: prune_model(model, BlockPruner(method, targets), input_ids, batch_size))
+    walk = stages_of(model, method, work_on(input_ids, batch_size), targets)["calibration walk"]
+    assert walk.flops == pytest.approx(flops, rel=0.001)  # the model multiplies positions and frequencies too
+
+
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+def test_operations_of_statistics_and_sweep(targets):
+    sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2}  # 320: a whole and a part of a block
+    model, input_ids = tiny_model(attn_implementation="eager", **sizes), random_tokens(3, 24)
+    stages = stages_of(model, sparsegpt(), work_on(input_ids), targets)
+    flops = counted(lambda: prune_model(model, BlockPruner(sparsegpt(), targets), input_ids))
+    planned = {name: stage.flops for name, stage in stages.items() if name != "factorisation"}
+    assert sum(planned.values()) == pytest.approx(flops, rel=0.01)
+    assert all(flop > 0.1 * flops for flop in planned.values())  # none can be wrong unseen
+
+
+def test_operations_of_the_factorisation():
+    model = tiny_model(num_hidden_layers=1)
+    stage = stages_of(model, sparsegpt(), work_on(random_tokens()))["factorisation"]
+    # H = L L^T costs n^3 / 3; each of n columns of the inverse costs n^2 operations
+    assert stage.flops == pytest.approx(sum(n**3 / 3 + n * n**2 for n in (32, 64)))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        self.count += not (operation.is_view or operation in (torch.ops.aten.unbind.int, torch.ops.aten.detach.default))
+        return result
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), Unstructured(0.5)], ids=str)
+def test_launches_of_the_sweep(pattern, monkeypatch):
+    model, input_ids = tiny_model(hidden_size=256, intermediate_size=512, num_hidden_layers=1), random_tokens()
+    launches = Launches()
+
+    def sweep(*arguments):
+        with launches:
+            return obs_sweep(*arguments)
+
+    monkeypatch.setattr("dass.pruning.method.obs_sweep", sweep)
+    prune_model(model, BlockPruner(sparsegpt(pattern)), input_ids)
+    planned = stages_of(model, sparsegpt(pattern), work_on(input_ids))["OBS sweep"].launches
+    assert planned == pytest.approx(launches.count, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mixtral"])
+def test_operations_of_the_evaluation(architecture):
+    model = (
+        tiny_mixtral(attn_implementation="eager", experts_implementation="eager")
+        if architecture == "mixtral"
+        else tiny_model(architecture, attn_implementation="eager")
+    )
+    windows = random_tokens(6, 30)
+    stage = plan_evaluation(read_architecture(model.config), work_on(windows, 2), *windows.shape)
+    rel = 0.02 if architecture == "mixtral" else 0.001  # its routers are left out
+    assert stage.flops == pytest.approx(counted(lambda: perplexity(model, windows.split(2))), rel=rel)
+
+
+@pytest.mark.parametrize(
+    ("method", "statistics"),
+    [
+        (Method("magnitude", {"gate": "layer", "up": "layer", "down": "layer"}, NM(2, 4)), None),
+        (WANDA, 4 * (4096 + 11008)),
+        (DASS, 4 * 11008),
+        (sparsegpt(), 4 * (4096**2 + 11008**2)),
+    ],
+    ids=lambda value: getattr(value, "criterion", None),
+)
+def test_memory_of_llama2_7b(method, statistics):
+    model, work = conf_architecture("llama2_7b"), Workload("bfloat16", 128, 2048, 1)
+    stages = {stage.name: stage for stage in plan_pruning(model, BlockPruner(method), work)}
+    weights = 2 * 6_738_415_616
+    assert plan_load(model, work).peak_bytes == weights
+    if statistics is None:
+        assert list(stages) == ["mask selection"]
+        assert weights < stages["mask selection"].peak_bytes < 1.15 * weights
+        return
+    activations = 2 * (128 * 2048 * 4096 * 2)  # block inputs, and outputs of attention until they are replayed
+    held = weights + activations + statistics
+    inside = 2048 * (3 * 11008 + 12 * 4096) * 4
+    assert stages["calibration walk"].peak_bytes == stages["statistics"].peak_bytes == held + inside
+    assert all(held < stage.peak_bytes < 1.3 * held for stage in stages.values())
+
+
+def test_a_mixture_of_experts():
+    architecture, dense = read_architecture(MixtralConfig(**MIXTRAL)), read_architecture(tiny_model("mistral").config)
+    work = Workload("float32", 4, 24, 1)
+    mlp, attention = 3 * (3 * 32 * 64), 3 * (2 * 32 * 32 + 2 * 16 * 32)
+    assert targeted_weights(architecture, BlockPruner(WANDA)) == 4 * mlp
+    assert targeted_weights(architecture, BlockPruner(WANDA, "all")) == 4 * mlp + attention
+    assert architecture.linear == 4 * mlp + attention
+    ours, theirs = (
+        {stage.name: stage for stage in plan_pruning(model, BlockPruner(sparsegpt()), work)}
+        for model in (architecture, dense)
+    )
+    # each token visits two experts, but each of the four has its own Hessians and weights
+    assert ours["statistics"].flops == 2 * theirs["statistics"].flops
+    assert ours["factorisation"].flops == 4 * theirs["factorisation"].flops
+    assert ours["OBS sweep"].flops == 4 * theirs["OBS sweep"].flops
+
+
+def test_seconds():
+    device, assumed = Device("d", 10, tflops_16bit=8, tflops_fp32=2, bandwidth_gb_s=100), Assumptions(0.5, 10, 2)
+    work = Stage("s", 0, flops=16e12)
+    assert seconds(work, device, "bfloat16", assumed) == 4
+    assert seconds(work, device, "float32", assumed) == 16
+    assert seconds(Stage("s", 0, flops=16e12, in_fp32=True), device, "bfloat16", assumed) == 16
+    assert seconds(Stage("s", 0, flops=16e12, moved_bytes=250e9), device, "bfloat16", assumed) == 5
+    assert seconds(Stage("s", 0, flops=16e12, launches=7e5), device, "bfloat16", assumed) == pytest.approx(7)
+    assert seconds(Stage("s", 0, flops=16e12, disk_bytes=20e9), device, "bfloat16", assumed) == 10
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: config_from({"model_type": "nope"}), "not one that transformers knows"),
+        (lambda: config_from({"hidden_size": 8}), "not one that transformers knows"),
+        (lambda: read_architecture(GPT2Config(n_layer=1)), "unknown layout"),
+        (lambda: read_architecture(config_from({"model_type": "t5"})), "does not make a causal language model"),
+        (
+            lambda: plan_pruning(
+                read_architecture(tiny_model().config),
+                BlockPruner(Method("wanda", WANDA.axis, NM(2, 5))),
+                Workload("float32", 1, 8, 1),
+            ),
+            "M=5 does not divide",
+        ),
+        (lambda: Workload("float64", 1, 8, 1), "dtype=float64"),
+        (lambda: Workload("float32", 0, 8, 1), "n_sequences=0"),
+        (lambda: Device("d", 0, 1, 1, 1), "memory_gb=0"),
+        (lambda: Assumptions(1.5, 1, 1), "efficiency=1.5"),
+        (lambda: Assumptions(0.5, -1, 1), "launch_us=-1"),
+    ],
+)
+def test_bad_input_is_one_sentence(make, sentence):
+    with pytest.raises(DassError, match=sentence):
+        make()
