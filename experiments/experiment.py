@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dass.errors import DassError
+from dass.records import identity_of
 from experiments.app import CONF
-from experiments.identity import design_of, needs_calibration
+from experiments.identity import determinants, needs_calibration
 from experiments.methods import pruners_of
+from experiments.schema import PruneConfig
 from hydra_plugins.grids_sweeper import jobs_of
 
 
@@ -56,29 +57,36 @@ def load_experiment(name: str, scale: str, overrides: list[str]) -> Experiment:
     runs: dict[str, PlannedRun] = {}
     whole = compose("prune", arguments, return_hydra_config=True)
     sweeper: dict[str, Any] = OmegaConf.to_container(whole.hydra.sweeper, resolve=True)  # type: ignore[assignment]
-    composed = functools.cache(lambda *overrides: compose("prune", [*arguments, *overrides]))
+    base = compose("prune", arguments)
     for job in jobs_of(sweeper["grids"], sweeper["scales"].get(scale, [{}]), arguments):
-        config = _compose(job, composed)
-        typed = OmegaConf.to_object(config)
-        design = design_of(typed)  # type: ignore[arg-type]
-        calibrates = any(map(needs_calibration, pruners_of(typed).values()))  # type: ignore[arg-type]
+        config = _compose(job, base, scale)
+        typed: PruneConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+        pruners = pruners_of(typed)
+        design = identity_of(determinants(typed, pruners, contents=False))
+        calibrates = any(map(needs_calibration, pruners.values()))
         runs.setdefault(design, PlannedRun(design, OmegaConf.to_container(config, resolve=True), calibrates))  # type: ignore[arg-type]
     return Experiment(name, str(whole.report), list(runs.values()))
 
 
-def _compose(job: list[str], composed: Callable[..., DictConfig]) -> DictConfig:
-    """What Hydra composes from a job's overrides, sooner: each option of a group is composed once for all jobs.
+def _compose(job: list[str], base: DictConfig, scale: str) -> DictConfig:
+    """What Hydra composes from a job's overrides, sooner: an option is composed once for all jobs and experiments.
 
-    An option writes under its group's own key only.
+    This is right as long as an option writes under its group's own key only, and no experiment's file sets a value of a
+    group that it sweeps; a test compares with Hydra.
     """
-    config = copy.deepcopy(composed())
+    config = copy.deepcopy(base)
     values = []
     for override in OverridesParser.create().parse_overrides(job):
         key = override.get_key_element()
         if not (CONF / key).is_dir():
             values.append((key, override.value()))
         elif key not in ("experiment", "scale"):
-            config[key] = copy.deepcopy(composed(override.input_line)[key])
+            config[key] = copy.deepcopy(_option(scale, str(override.input_line))[key])
     for key, value in values:  # as in Hydra, whatever their order among the options
         OmegaConf.update(config, key, value)
     return config
+
+
+@functools.cache
+def _option(scale: str, choice: str) -> DictConfig:
+    return compose("prune", [f"scale={scale}", choice])
