@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dass.report.cells import Cell, Table, paired_difference, strictness
-from dass.report.figures import COLUMN_WIDTH, Style, label_styles, set_perplexity_scale
+from dass.report.figures import COLUMN_WIDTH, METHOD_STYLE, Style, label_styles, set_perplexity_scale
 
 PANEL_HEIGHT = 1.9  # inches
 
@@ -53,31 +53,24 @@ def legend(figure: Figure, styles: dict[str, Style], note: str, columns: int = 3
     figure.legend(handles, list(styles), loc="outside lower center", ncols=columns, frameon=False, title=note)
 
 
-def method_styles(tables: list[Table]) -> dict[str, Style]:
-    """The style of each method, whatever options its runs carry."""
-    by_label = label_styles(tables)
-    methods = {cell.label: cell.method for table in tables for cell in table.cells}
-    return {methods[label]: by_label[label] for label in sorted(by_label, key=len, reverse=True)}
-
-
 def alpha_figure(tables: list[Table]) -> Figure:
     """Perplexity over DaSS's alpha, a panel for each model and pattern; Wanda as a level."""
     places = [(table, pattern) for table in tables for pattern in table.patterns if pattern != "dense"]
     figure, axes_list = panels(len(places))
-    styles = label_styles(tables)
-    by_method = {cell.method: styles[cell.label] for table in tables for cell in table.cells}
-    by_method["dass"] = Style(by_method["dass"].color, "D") if "dass" in by_method else Style("#D55E00", "D")
     for axes, (table, pattern) in zip(axes_list, places, strict=True):
         cells = [cell for cell in table.cells if cell.found and cell.pattern == pattern]
-        swept = sorted((float(option(c, "alpha") or 0), c) for c in cells if c.method == "dass")
-        line(axes, [a for a, _ in swept], *_points([c for _, c in swept]), by_method["dass"], False)
+        swept = [(float(option(cell, "alpha") or 0), cell) for cell in cells if cell.method == "dass"]
+        swept.sort(key=lambda pair: pair[0])
+        line(axes, [a for a, _ in swept], *_points([c for _, c in swept]), METHOD_STYLE["dass"], False)
         for cell in cells:
             if cell.method == "wanda":
-                axes.axhline(cell.perplexity, color=by_method["wanda"].color, linestyle="--", linewidth=0.8)
+                axes.axhline(cell.perplexity, color=METHOD_STYLE["wanda"].color, linestyle="--", linewidth=0.8)
+        axes.set_xlim(-0.05, 1.05)
         axes.set_title(f"{table.facts['model']}, {pattern}")
         axes.set_ylabel(f"perplexity, {table.dataset}")
     axes_list[-1].set_xlabel("alpha")
-    legend(figure, {name: by_method[name] for name in ("wanda", "dass") if name in by_method}, "± 1 standard error")
+    shown = {"dass": METHOD_STYLE["dass"], "wanda": Style(METHOD_STYLE["wanda"].color, "")}
+    legend(figure, shown, "± 1 standard error")
     return figure
 
 
@@ -150,7 +143,7 @@ def difference_figure(tables: list[Table], names: list[str]) -> Figure:
     figure, axes_list = panels(len(patterns), 0.8)
     styles = {k: v for k, v in label_styles(tables).items() if k not in ("dense", "wanda")}
     for axes, pattern in zip(axes_list, patterns, strict=True):
-        axes.axhline(0, color="#0072B2", linestyle="--", linewidth=0.8)
+        axes.axhline(0, color=METHOD_STYLE["wanda"].color, linestyle="--", linewidth=0.8)
         for number, (label, style) in enumerate(styles.items()):
             for index, table in enumerate(tables):
                 cell, wanda = table.cell(pattern, label), table.cell(pattern, table.reference)

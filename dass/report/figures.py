@@ -76,7 +76,8 @@ def perplexity_figure(tables: list[Table]) -> Figure:
     panels = figure.subplots(len(tables), squeeze=False)[:, 0]
     for axes, table in zip(panels, tables, strict=True):
         _panel(axes, table, styles)
-        names = ("model", "evaluation", "pruned", "calibration")
+        models = {other.facts["model"] for other in tables}
+        names = ("model",) if len(models) == len(tables) else ("model", "evaluation", "pruned", "calibration")
         differing = [table.facts[name] for name in names if len({other.facts[name] for other in tables}) > 1]
         axes.set_title("\n".join(textwrap.wrap(", ".join(differing) or table.facts["model"], 52)))
     panels[-1].set_xlabel("pattern")

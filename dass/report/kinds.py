@@ -119,7 +119,8 @@ def calibration(material: Material) -> Report:
             facts["missing"] = missing_text(missing)
     grid = Grid("Perplexity by calibration set", headers, rows, facts, legend)
     sizes, sources = [words[i][1] for i in order], [words[i][0] for i in order]
-    draw = (lambda: calibration_figure([tables[i] for i in order], sizes, sources)) if tables else None
+    found = any(cell.found and cell.method != "dense" for table in tables for cell in table.cells)
+    draw = (lambda: calibration_figure([tables[i] for i in order], sizes, sources)) if found else None
     return Report([grid, *beside_published(tables, material.published)], draw, frame(material.runs))
 
 
@@ -195,5 +196,5 @@ def _compared(
         contrast = Contrast(header, {label: other for label, other in others.items() if other in labels})
         grids.append(perplexity_grid(table, contrast if header else None))
     grids += beside_published(tables, material.published)
-    drawn = [table for table in tables if any(cell.found for cell in table.cells)]
+    drawn = [table for table in tables if any(cell.found and cell.method != "dense" for cell in table.cells)]
     return Report(grids, (lambda: draw(drawn)) if drawn else None, frame(material.runs))

@@ -1,0 +1,208 @@
+"""The kinds of report against numbers computed by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dass.errors import DassError
+from dass.report.cells import build_tables, paired_difference
+from dass.report.curves import difference_figure
+from dass.report.grid import MISSING, to_latex, to_markdown
+from dass.report.kinds import KINDS, Material
+from dass.report.published import read_published
+from dass.report.runs import missing_run, runs_of
+from tests.report.records import losses, make_record
+
+
+def material(*records, missing=()):
+    runs = runs_of(list(records))
+    return Material([*runs, *missing], {record["id"]: record for record in records}, [])
+
+
+def rows_of(grid, *headers):
+    """The named columns of a grid, by the words at the left of each row."""
+    columns = [grid.headers.index(header) for header in headers]
+    return {tuple(row[: grid.text_columns]): [row[column] for column in columns] for row in grid.rows}
+
+
+def drawn(report):
+    figure = report.draw()
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_alpha_is_compared_with_wanda_and_with_alpha_0():
+    values = {"w": losses(0.3, 0.02), "a": losses(0.5, 0.01), "b": losses(0.2, 0.03)}
+    report = KINDS["alpha"](
+        material(
+            make_record("w", "wanda", values["w"]),
+            make_record("a", "dass", values["a"], alpha=0),
+            make_record("b", "dass", values["b"], alpha=0.5),
+        )
+    )
+    rows = rows_of(report.grids[0], "Δ loss to Wanda", "Δ loss to alpha=0")
+    for column, other in ((0, "w"), (1, "a")):
+        difference = values["b"] - values[other]
+        text = f"−{abs(difference.mean()):.4f} ± {difference.std(ddof=1) / 4:.4f}"
+        assert rows["2:4", "dass (alpha=0.5)"][column] == text
+    assert rows["2:4", "dass (alpha=0)"][1] == "reference" and rows["2:4", "wanda"][1] == MISSING
+    (axes,) = drawn(report).axes
+    line = axes.containers[0].lines[0]
+    assert list(line.get_xdata()) == [0, 0.5]
+    assert line.get_ydata() == pytest.approx([np.exp(values[key].mean()) for key in "ab"])
+
+
+def test_an_update_is_compared_with_its_own_mask_without_it():
+    without, repaired = losses(0.5, 0.02), losses(0.3, 0.05)
+    report = KINDS["update"](
+        material(
+            make_record("w", "wanda", losses(0.4), update="none"),
+            make_record("m", "magnitude", without, update="none"),
+            make_record("n", "magnitude", repaired, update="obs"),
+        )
+    )
+    rows = rows_of(report.grids[0], "Δ loss by the update")
+    difference = repaired - without
+    text = f"−{abs(difference.mean()):.4f} ± {difference.std(ddof=1) / 4:.4f}"
+    assert rows["2:4", "magnitude (update=obs)"] == [text]
+    assert rows["2:4", "magnitude (update=none)"] == [MISSING]
+
+
+def test_runs_with_the_same_seeds_are_paired_by_seed():
+    """What a seed does to both methods alike is no noise of their difference."""
+    shifts = [0.0, 0.5, -0.4]
+    wanda = [losses(0.3 + shift, 0.02) for shift in shifts]
+    dass = [losses(0.2 + shift + extra, 0.03) for shift, extra in zip(shifts, (0.0, 0.01, -0.02), strict=True)]
+    records = [
+        make_record(f"{name}{seed}", name, values, seed=seed)
+        for name, runs in (("wanda", wanda), ("dass", dass))
+        for seed, values in enumerate(runs)
+    ]
+    (table,) = build_tables(runs_of(records))
+    difference = paired_difference(table.cell("2:4", "dass"), table.cell("2:4", "wanda"))
+    d = np.array(dass) - np.array(wanda)
+    assert difference.mean == pytest.approx(d.mean())
+    assert difference.stderr == pytest.approx(math.sqrt(d.mean(0).var(ddof=1) / 16 + d.mean(1).var(ddof=1) / 3))
+
+
+def calibration_records():
+    for size in (8, 32):
+        for seed in (0, 1, 2):
+            for name, shift in (("wanda", 0.4), ("dass", 0.3)):
+                values = losses(shift + 0.01 * seed - size / 1000, 0.02)
+                record = make_record(f"{name}{size}{seed}", name, values, seed=seed)
+                record["config"]["calibration"] |= {"n_sequences": size}
+                yield record
+
+
+def test_calibration_has_a_row_for_each_set_and_method():
+    report = KINDS["calibration"](material(make_record("d", "dense", losses(0)), *calibration_records()))
+    (grid,) = report.grids
+    assert [row[:4] for row in grid.rows] == [
+        ["c4_sample", method, size, "3"] for size in ("8", "32") for method in ("wanda", "dass")
+    ]
+    perplexities = [np.exp((losses(0.3 + 0.01 * seed - 0.008, 0.02)).mean()) for seed in (0, 1, 2)]
+    assert grid.rows[1][4].startswith(f"{np.mean(perplexities):.2f} ± ")
+    assert grid.rows[1][5] == f"{np.std(perplexities, ddof=1):.2f}"
+    assert grid.facts["dense"] == f"{np.exp(losses(0).mean()):.2f}"
+    assert len(drawn(report).axes) == 1
+
+
+def zero_shot_record(run_id, method, items, pattern="2:4"):
+    record = make_record(run_id, method, losses(0), pattern)
+    record["config"]["evaluation"] = {"name": "zero_shot", "seq_len": None, "limit": None, "bos": "tokenizer"}
+    record["config"]["evaluation"] |= {"n_windows": None, "path": None}
+    scores = {
+        task: (np.mean(right), math.sqrt(np.mean(right) * (1 - np.mean(right)) / (len(right) - 1)), right)
+        for task, right in items.items()
+    }
+    record["metrics"] = [
+        {"dataset": t, "metric": "acc", "value": v, "stderr": e, "n": len(r), "seq_len": None, "items": r}
+        for t, (v, e, r) in scores.items()
+    ]
+    mean = {"dataset": "mean", "metric": "acc", "value": np.mean([v for v, _, _ in scores.values()])}
+    mean |= {"stderr": math.hypot(*(e for _, e, _ in scores.values())) / len(scores), "n": 0, "seq_len": None}
+    record["metrics"].append(mean)
+    record["windows"] = []
+    return record
+
+
+def test_zero_shot_differences_are_paired_over_items():
+    one = {"piqa": [1, 0, 1, 1, 0, 1, 0, 1] * 4, "arc_easy": [0, 0, 1, 0] * 6}
+    other = {"piqa": [1, 1, 1, 1, 0, 1, 0, 1] * 4, "arc_easy": [0, 1, 1, 0] * 6}
+    worse = {"piqa": [0, 0, 0, 1, 0, 0, 0, 0] * 4, "arc_easy": [0, 0, 0, 0] * 6}
+    report = KINDS["zero_shot"](
+        material(
+            zero_shot_record("w", "wanda", one),
+            zero_shot_record("d", "dass", other),
+            zero_shot_record("m", "magnitude", worse),
+        )
+    )
+    (grid,) = report.grids
+    assert grid.headers[2:] == ("piqa (n = 32)", "arc_easy (n = 24)", "mean (n = 0)", "Δ mean to Wanda")
+    rows = rows_of(grid, "piqa (n = 32)", "Δ mean to Wanda")
+    d = [np.subtract(other[task], one[task]) for task in one]
+    stderr = math.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / 2
+    assert rows["2:4", "dass"] == [
+        f"75.0 ± {100 * math.sqrt(0.75 * 0.25 / 31):.1f}",
+        f"+{100 * np.mean([x.mean() for x in d]):.1f} ± {100 * stderr:.1f}",
+    ]
+    assert {grid.rows[i][1] for i, _ in grid.bold} == {"dass"}
+    (axes,) = drawn(report).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["magnitude", "wanda", "dass"]
+    assert len(report.frame) == 9 and set(report.frame["dataset"]) == {"piqa", "arc_easy", "mean"}
+
+
+def test_a_draw_of_accuracies_is_marked():
+    one, other = {"piqa": [1, 0] * 8, "arc_easy": [1, 0] * 8}, {"piqa": [1, 0] * 7 + [1, 1], "arc_easy": [1, 0] * 8}
+    report = KINDS["zero_shot"](material(zero_shot_record("w", "wanda", one), zero_shot_record("d", "dass", other)))
+    assert rows_of(report.grids[0], "Δ mean to Wanda")["2:4", "dass"][0].startswith("≈ ")
+    assert len(report.grids[0].bold) == 2
+
+
+def test_time_is_told_stage_by_stage():
+    slow = make_record("s", "sparsegpt", losses(0))
+    slow["stages"]["pruning"] = {"seconds": 24.68, "peak_memory_gb": 2.5, "peak_gpu_memory_gb": 1.25}
+    report = KINDS["pruning_time"](material(make_record("w", "wanda", losses(0)), slow))
+    rows = rows_of(report.grids[0], "pruning [s]", "Ratio to Wanda", "Memory [GB]", "GPU [GB]")
+    assert rows == {
+        ("2:4", "wanda"): ["12.3", "1.00", "1.00", "—"],
+        ("2:4", "sparsegpt"): ["24.7", "2.00", "2.50", "1.25"],
+    }
+    assert sorted(patch.get_height() for patch in drawn(report).axes[0].patches) == pytest.approx([12.34, 24.68])
+
+
+def test_a_curve_keeps_ratios_and_patterns_apart():
+    records = [make_record(f"{p}", "wanda", losses(0.1 * i), p) for i, p in enumerate(("50%", "4:8", "2:4"))]
+    (axes,) = drawn(KINDS["curve"](material(*records))).axes
+    lines = [container.lines[0] for container in axes.containers]
+    assert [list(line.get_xdata()) for line in lines] == [[50.0], [50.0, 50.0]]
+    assert [line.get_linestyle() for line in lines] == ["-", ":"]
+
+
+def test_a_difference_within_two_standard_errors_is_drawn_open():
+    records = [make_record("w", "wanda", losses(0.3)), make_record("s", "sparsegpt", losses(0.1, 0.02))]
+    records.append(make_record("d", "dass", losses(0.3, 0.05)))
+    figure = difference_figure(build_tables(runs_of(records)), ["toy"])
+    faces = {line.get_color(): line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() in "^D"}
+    assert faces == {"#009E73": "#009E73", "#D55E00": "white"}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_experiment_without_any_record_is_a_table_of_missing_cells(kind):
+    config = make_record("x", "wanda", losses(0))["config"]
+    if kind == "zero_shot":
+        config["evaluation"] |= {"name": "zero_shot"}
+    run = missing_run("x", config, True, "the model is gated", [])
+    report = KINDS[kind](Material([run], {}, []))
+    text = to_markdown(report.grids)
+    assert "the model is gated" in text and "nan" not in text.lower()
+    assert to_latex(report.grids).isascii()
+    assert report.draw is None
+
+
+def test_a_published_file_without_a_column_is_one_sentence(tmp_path):
+    (tmp_path / "x.csv").write_text("model,value\nllama2_7b,5\n")
+    with pytest.raises(DassError, match=r"x\.csv has no column metric"):
+        read_published(tmp_path)
