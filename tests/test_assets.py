@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dass import assets
 from dass.errors import DassError
+from dass.gguf import convert
 
 TEXT = b"one line\nanother\n"
 PARTS = (("left==1.0", "left/data/text.part0"), ("right==1.0", "right/data/text.part1"))
@@ -370,7 +371,7 @@ def test_conversion(toy_model, cache, index, tmp_path, capfd):
 
 
 def test_the_slower_of_two_processes_takes_the_others_folder(toy_model, cache, monkeypatch):
-    def overtaken(asset, gguf, folder):
+    def overtaken(name, gguf, folder, *_):
         for winner_or_mine in (cache / "models" / "toy_model", folder):
             winner_or_mine.mkdir(parents=True)
         (folder / "mine").touch()
@@ -406,7 +407,8 @@ PARAGRAPH = (
 def test_real_models(name, kind, starts_with_bos, tmp_path):
     asset = assets.find(name, assets.MODELS)
     gguf_path = assets.fetch(asset, tmp_path)
-    folder = assets.convert(asset, gguf_path, tmp_path / "converted")
+    provenance = {"sha256": asset.sha256}
+    folder = convert(asset.name, gguf_path, tmp_path / "converted", asset.individual_digits, provenance)
     model, original = AutoModelForCausalLM.from_pretrained(folder), load_gguf(gguf_path)
     assert type(model).__name__ == kind and model.dtype == torch.float32 and is_tied(model)
 
