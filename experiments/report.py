@@ -56,7 +56,7 @@ def report(config: DictConfig) -> None:
         print(f"{name}: {len(found)} runs, {len(missing)} missing; {config.output}/tables/{stem}.md")
         if config.tables != "all":
             print("\n" + to_markdown(made.grids))
-        with track(config.tracking, "dass", name, f"report-{name}", "outputs", {"scale": config.at_scale}) as tracker:
+        with track(config.log_to, "dass", name, f"report-{name}", "outputs", {"scale": config.at_scale}) as tracker:
             tracker.log_report(stem, made.frame, [path for path in figures if path.suffix == ".png"])
 
 

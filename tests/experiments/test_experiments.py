@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from dass.errors import DassError
 from dass.records import read_failures, write_failure, write_record
 from dass.report.kinds import KINDS
 from experiments.app import CONF
@@ -210,3 +211,64 @@ def test_evaluate_scores_a_saved_model_like_a_dense_run(setting, tmp_path):  # n
     (evaluated,) = records(tmp_path / "evaluated")
     assert evaluated["windows"] == pytest.approx(pruned["windows"], rel=1e-6)
     assert evaluated["config"]["method"]["name"] == "dense"
+
+
+def test_methods_are_compared_and_the_model_stays_dense(setting, tmp_path):  # noqa: F811
+    from experiments import prune
+
+    others = [o for o in setting if not o.startswith("evaluation")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        prune.main(compose("prune", [*others, "method=compare", "evaluation=none"]))
+    (record,) = records(tmp_path)
+    assert record["sparsity"]["targeted"] == 0 and record["sparsity"]["projections"] == {}
+    measured = record["diagnostics"]
+    assert set(measured["errors"]) == {"magnitude", "wanda", "sparsegpt", "dass"}
+    assert all(len(values) == 3 for values in measured["errors"]["dass"].values())  # blocks
+    assert measured["jaccard"]["wanda|dass"]["down"] == [1.0] * 3  # the same rule
+    assert measured["errors"]["wanda"]["down"] == measured["errors"]["dass"]["down"]
+    assert len(measured["norms"]["cv"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=compare"], "evaluation=none"),
+        (["method=compare", "evaluation=none", "masks=m"], "only compared"),
+        (["method=compare", "evaluation=none", "method.methods=[wanda]"], "at least two"),
+        (["method=compare", "evaluation=none", "method.methods=[wanda,dense]"], "dense, which is no method"),
+    ],
+)
+def test_comparisons_that_mean_nothing_are_refused(setting, overrides, message):  # noqa: F811
+    from experiments.resolve import resolve
+
+    others = [o for o in setting if not o.startswith("evaluation.")]
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(DassError, match=message):
+        resolve(compose("prune", [*others, *overrides]))
+
+
+def test_tables_and_figures_go_to_wandb_offline(tmp_path, hydra, monkeypatch):
+    run = next(r for r in loaded("reproduce", "small").runs if r.config["method"]["name"] == "wanda")
+    write_record(tmp_path / "runs", record_of(run, losses(0.4), "a" * 16))
+    monkeypatch.chdir(tmp_path)
+    logged = {}
+    import wandb
+
+    init = wandb.init
+
+    def spy(**settings):
+        run = init(**settings)
+        logged["group"] = settings["group"]
+        monkeypatch.setattr(run, "log", lambda values: logged.update(values))
+        return run
+
+    monkeypatch.setattr(wandb, "init", spy)
+    make_report(tmp_path, hydra, "reproduce", log_to="wandb")
+    assert logged["group"] == "reproduce" and isinstance(logged["reproduce_figure"], wandb.Image)
+    table = logged["reproduce"]
+    assert len(table.data) == 5 and "perplexity" in table.columns
+    assert list((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
+
+
+def test_a_wrong_experiment_is_one_sentence(tmp_path, hydra):
+    with pytest.raises(DassError, match="There is no experiment tabel1: choose one of ablation_alpha"):
+        make_report(tmp_path, hydra, "tabel1")
