@@ -14,7 +14,8 @@ LEGEND = (
     "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "
     "apart from it (paired difference of the loss within two standard errors); several in bold are a draw. "
     "≈: cannot be told apart from the reference by the same rule. Δ loss: nats per token; ratio: of the perplexities. "
-    f"Targeted, all linear: share of zeros in the targeted weights, in all linear ones. {MISSING}: not run, or "
+    "Targeted, all linear: share of zeros in the targeted weights, in all linear ones. Pruning: seconds of the walk, on "
+    f"a machine that may have been busy; those of pruning_time are made to be compared. {MISSING}: not run, or "
     "does not apply."
 )
 SIDE_BY_SIDE_LEGEND = (

@@ -30,7 +30,7 @@ PAPER = {  # the paper's models, methods and settings, counted by hand
     "table_zero_shot": 6 * (1 + 4),
     "ablation_alpha": 2 * (1 + 3 + 5 * 3),
     "ablation_granularity": 2 * (1 + 3 * 2 * 2),
-    "ablation_calibration": 2 * (1 + 3 * 4 * 3 + 3 * 3),
+    "ablation_calibration": 2 * (1 + 2 * 4 * 3 + 2 * 3),
     "ablation_update": 2 * (1 + 4 * 2 * 2),
     "sparsity_curve": 2 * (1 + 4 * (8 + 5)),
     "pruning_time": 3 * 4 * 2,
