@@ -48,9 +48,14 @@ def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:
     """
     if dtype == "auto":
         dtype = str(load_config(source, revision).dtype or torch.float32).removeprefix("torch.")
+    require_dtype(dtype)
+    return dtype
+
+
+def require_dtype(dtype: str) -> None:
+    """Raise DassError unless it is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise DassError(f"model.dtype={dtype} is unknown: choose auto or one of {', '.join(DTYPES)}.")
-    return dtype
 
 
 def load_config(source: str, revision: str | None) -> Any:

@@ -19,7 +19,7 @@ import torch
 from dass.errors import DassError
 
 RECORD_KEYS = ("id", "config", "git", "versions", "machine", "stages", "sparsity", "metrics", "windows")
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "omegaconf", "gguf")
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "omegaconf", "gguf", "lm-eval")
 
 
 def identity_of(determinants: dict[str, Any]) -> str:

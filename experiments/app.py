@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Run `task` under Hydra with `conf/<config_name>.yaml`.
 
     An error of the user ends as one sentence on stderr and exit code 1; `debug=true` or `HYDRA_FULL_ERROR=1`
-    brings the traceback back. In a sweep each failing job prints its sentence, the others go on, and the exit code
-    is 1.
+    brings the traceback back. In a sweep each failing job prints its sentence (a bug: its traceback), the others go on,
+    and the exit code is 1.
     """
     debug = "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
@@ -52,16 +53,24 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     def job(config: DictConfig) -> None:
         nonlocal started
         started = True
+        why = ""
         try:
             task(config)
         except USER_ERRORS as error:
             if debug:
                 raise
-            print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+            why = sentence(error)
+        except Exception as error:
+            if debug or HydraConfig.get().mode == RunMode.RUN:
+                raise
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}"
+        if why:
+            print(f"error: {why}", file=sys.stderr, flush=True)
             if HydraConfig.get().mode == RunMode.RUN:
                 sys.exit(1)
-            # without its traceback, whose frames would keep the job's model alive for the rest of the sweep
-            raise Reported() from None
+            # raised out here, so that no frame of the job, and no model in it, stays alive for the rest of the sweep
+            raise Reported(why)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
@@ -76,4 +85,4 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
 
 
 class Reported(Exception):
-    """A job's error that has been printed already; only the exit code is left to set."""
+    """A job's error that has been printed already, in words; only the exit code is left to set."""

@@ -17,7 +17,7 @@ from dass.models import folder_fingerprint
 from dass.pruning.blocks import ATTENTION_ROLES, INPUT_OF_ROLE
 from dass.pruning.method import BlockPruner
 from dass.records import file_sha256, identity_of
-from dass.training.tiny import recipe_identity
+from dass.training.tiny import recipe_identity, trained_model
 from experiments.methods import pruners_of
 from experiments.schema import EvaluationConfig, ModelConfig, PruneConfig
 
@@ -78,7 +78,8 @@ def _model(model: ModelConfig, contents: bool) -> dict[str, Any]:
     if model.packaged is not None:
         return {"packaged": model.packaged, "sha256": assets.packaged_sha256(model.packaged)}
     if model.trained is not None:
-        return {"trained": recipe_identity(model.trained)}
+        recipe = recipe_identity(model.trained)  # it gives the same weights on one machine only
+        return {"trained": recipe} | ({"folder": folder_fingerprint(trained_model(model.trained))} if contents else {})
     if model.path is not None:
         return {"folder": folder_fingerprint(Path(model.path)) if contents else model.path}
     return {"hub_id": model.hub_id, "revision": model.revision}

@@ -23,6 +23,8 @@ def pruners_of(config: PruneConfig) -> dict[str, BlockPruner]:
     if names is None:
         pruner = _pruner(config, config.method)
         return {} if pruner is None else {str(config.method["name"]): pruner}
+    if others := set(config.method) - {"name", "methods"}:
+        raise DassError(f"method.{min(others)} has no effect where methods are compared as their files say: remove it.")
     pruners = {}
     for name in names:
         file = CONF / "method" / f"{name}.yaml"

@@ -44,36 +44,51 @@ from dass.tracking import Tracker, track
 from experiments.app import run_app
 from experiments.evaluation import evaluate, prepare_evaluation
 from experiments.identity import design_of
-from experiments.resolve import Plan, loads, resolve, source_of
+from experiments.resolve import Checked, Plan, check, loads, resolve, source_of
 
 
 def main(config: DictConfig) -> None:
     """Run what the composed config says, unless its record exists; a run of an experiment that fails records why."""
+    if config.get("dry_run"):
+        print(dry_run(config))
+        return
     try:
         plan = resolve(config)
-        if plan.config.dry_run:
-            print(f"{plan.run_id} {label_of(plan)}: {'; '.join(loads(plan))}")
-            return
         _run_unless_done(plan)
-    except DassError as error:
-        if config.get("report") is not None and not config.get("dry_run"):
+    except Exception as error:
+        if config.get("report") is not None:
             _record_failure(config, error)
         raise
     failure_path(Path(plan.config.results_dir), design_of(plan.config)).unlink(missing_ok=True)
 
 
-def _record_failure(config: DictConfig, error: DassError) -> None:
+def dry_run(config: DictConfig) -> str:
+    """A run in one line: its identity, what it is, and what it would load.
+
+    Where the identity hangs on a model that is not there (its dtype, its trained weights), the line says so.
+    """
+    checked = check(config)
+    try:
+        run_id = resolve(config).run_id
+    except DassError as error:
+        run_id = f"(identity not known yet: {error})"
+    return f"{run_id} {label_of(checked)}: {'; '.join(loads(checked))}"
+
+
+def _record_failure(config: DictConfig, error: Exception) -> None:
     """Say in the records' folder why a run of an experiment is missing; a config that means nothing has no place."""
     with suppress(DassError):
         design = design_of(OmegaConf.to_object(config))  # type: ignore[arg-type]
         composed = OmegaConf.to_container(config, resolve=True)
-        write_failure(Path(config.results_dir), {"design": design, "why": str(error), "config": composed})
+        write_failure(
+            Path(config.results_dir), {"design": design, "why": str(error) or type(error).__name__, "config": composed}
+        )
 
 
-def label_of(plan: Plan) -> str:
+def label_of(checked: Checked) -> str:
     """A run in a few words: model, method, pattern."""
-    patterns = {str(pruner.method.pattern) for pruner in plan.pruners.values()}
-    return " ".join([plan.config.model.name, plan.config.method["name"], *patterns])
+    patterns = {str(pruner.method.pattern) for pruner in checked.pruners.values()}
+    return " ".join([checked.config.model.name, checked.config.method["name"], *patterns])
 
 
 def _run_unless_done(plan: Plan) -> None:

@@ -43,13 +43,13 @@ def report(config: DictConfig) -> None:
         experiment = load_experiment(name, config.at_scale, list(config.overrides))
         own = [record for run in experiment.runs for record in by_design.get(run.design, [])]
         found = runs_of(own)
-        known = {record["id"] for record in own} - {run.id for run in found}
+        malformed = {record["id"] for record in own} - {run.id for run in found}
         missing = [
             missing_run(run.design, run.config, run.calibrates, failures.get(run.design, "not run yet"), found)
             for run in experiment.runs
-            if all(record["id"] in known for record in by_design.get(run.design, []))
+            if all(record["id"] in malformed for record in by_design.get(run.design, []))
         ]
-        usable = {record["id"]: record for record in own if record["id"] not in known}
+        usable = {record["id"]: record for record in own if record["id"] not in malformed}
         made = KINDS[experiment.kind](Material(found + missing, usable, published))
         stem = name if config.at_scale == "small" else f"{name}_{config.at_scale}"
         figures = _write(made, Path(config.output), stem)

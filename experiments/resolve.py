@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dass import assets
 from dass.errors import DassError
-from dass.models import resolve_device, resolve_dtype
+from dass.models import require_dtype, resolve_device, resolve_dtype
 from dass.pruning.method import BlockPruner
 from dass.records import identity_of
 from dass.training.tiny import trained_model
@@ -19,17 +19,14 @@ from experiments.schema import ModelConfig, PruneConfig
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked run."""
+class Checked:
+    """A config that means something; no file and no model has been looked at."""
 
     config: PruneConfig
     composed: dict[str, Any]
     """The composed config as plain values, for the record."""
-    dtype: str
-    device: torch.device
     pruners: dict[str, BlockPruner]
     """By the name of the method: none for the dense model, several where methods are only compared."""
-    run_id: str
 
     @property
     def compares(self) -> bool:
@@ -42,11 +39,20 @@ class Plan:
         return any(map(needs_calibration, self.pruners.values()))
 
 
-def resolve(config: DictConfig) -> Plan:
-    """Check the composed config and turn it into library values and an identity.
+@dataclass(frozen=True)
+class Plan(Checked):
+    """A run whose files are there, with its identity."""
+
+    dtype: str
+    device: torch.device
+    run_id: str
+
+
+def check(config: DictConfig) -> Checked:
+    """Check the composed config and turn it into library values.
 
     Raises:
-        DassError: a value or combination that means nothing, or a file that is not there.
+        DassError: a value or combination that means nothing.
     """
     composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
     _require_known_keys(config)
@@ -54,7 +60,6 @@ def resolve(config: DictConfig) -> Plan:
     _require_separate_folders(typed)
     if not 0 <= typed.seed < 2**63:
         raise DassError(f"seed={typed.seed} must be between 0 and 2^63 - 1.")
-    device = resolve_device(typed.device)
     pruners = pruners_of(typed)
     for name, asked in (("masks", typed.masks), ("save_model", typed.save_model)):
         if asked is not None and len(pruners) > 1:
@@ -65,13 +70,24 @@ def resolve(config: DictConfig) -> Plan:
         raise DassError("method=compare leaves the model dense: set evaluation=none.")
     if typed.batch_size is not None and typed.batch_size < 1:
         raise DassError(f"batch_size={typed.batch_size} must be at least 1, or null for one that fits the memory.")
-    found = determinants(typed, pruners, contents=True)
-    dtype = typed.model.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"  # known without fetching the model
-    else:
-        dtype = resolve_dtype(dtype, source_of(typed.model), typed.model.revision)
-    return Plan(typed, composed, dtype, device, pruners, identity_of(found | {"dtype": dtype}))
+    determinants(typed, pruners, contents=False)
+    return Checked(typed, composed, pruners)
+
+
+def resolve(config: DictConfig) -> Plan:
+    """Check the composed config, look at the files that it names, and reckon the identity.
+
+    Raises:
+        DassError: a value or combination that means nothing, or a file that is not there.
+    """
+    checked = check(config)
+    model, device = checked.config.model, resolve_device(checked.config.device)
+    found = determinants(checked.config, checked.pruners, contents=True)
+    dtype = model.dtype
+    if dtype == "auto":  # on the CPU known without fetching the model
+        dtype = "float32" if device.type == "cpu" else resolve_dtype(dtype, source_of(model), model.revision)
+    require_dtype(dtype)
+    return Plan(**vars(checked), dtype=dtype, device=device, run_id=identity_of(found | {"dtype": dtype}))
 
 
 def source_of(model: ModelConfig) -> str:
@@ -83,12 +99,12 @@ def source_of(model: ModelConfig) -> str:
     return str(model.path or model.hub_id)
 
 
-def loads(plan: Plan) -> list[str]:
+def loads(checked: Checked) -> list[str]:
     """In words what a run would load: the model, and the texts that it reads."""
-    config, model = plan.config, plan.config.model
+    config, model = checked.config, checked.config.model
     source = next(f"{k} {v}" for k in ("packaged", "trained", "hub_id", "path") if (v := getattr(model, k)) is not None)
-    found = [f"model {source}" + (f" @ {model.revision}" if model.revision else "") + f" in {plan.dtype}"]
-    if plan.calibrates:
+    found = [f"model {source}" + (f" @ {model.revision}" if model.revision else "") + f" in {model.dtype}"]
+    if checked.calibrates:
         calibration = config.calibration
         size = f"{calibration.n_sequences or 'all'} x {calibration.seq_len or 'all'} tokens"
         found.append(f"calibration {calibration.path or calibration.name}, {size}")

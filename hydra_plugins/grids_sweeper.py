@@ -27,6 +27,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -67,6 +68,9 @@ class GridsSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         """Run all jobs; then list the failed ones on stderr and raise the first one's error."""
         assert self.launcher is not None
+        for argument in arguments:
+            if argument.startswith(("experiment=", "scale=")) and "," in argument:
+                raise HydraException(f"{argument}: one experiment at one scale is a sweep; give one after the other.")
         jobs = jobs_of(self.grids, self.scales.get(self.scale or "", [{}]), arguments)
         self.validate_batch_is_legal(jobs)
         results = self.launcher.launch(jobs, initial_job_idx=0)

@@ -60,7 +60,7 @@ def evaluation_windows(
     if name == "wikitext2":
         text = "\n\n".join(read_wikitext(path, "test"))
     elif name == "packaged_wiki":
-        text = "\n\n".join(assets.wiki_articles())
+        text = "\n\n".join(assets.wiki_articles()[: assets.HELD_OUT_ARTICLES])
     elif name == "text_file":
         if path is None:
             raise DassError("evaluation=text_file needs a file: give `evaluation.path=FILE`.")

@@ -12,11 +12,13 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from dass.report.runs import Run, missing_text
 
 METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "dass")  # the others follow by name
-WIN = 2.0  # a difference counts beyond this many standard errors of it
+WIN = 2.0  # a difference counts beyond this many standard errors of it, or more where there are few seeds
+CONFIDENCE = 0.975  # of the quantile that takes the place of 2 where there are few
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,16 @@ class Difference:
 
     mean: float
     stderr: float
+    freedom: float
+    """Degrees of freedom of the standard error (Welch and Satterthwaite): few where it comes from few seeds.
+
+    Infinite without seeds: windows are many.
+    """
 
     @property
     def counts(self) -> bool:
         """Whether the two can be told apart."""
-        return abs(self.mean) > WIN * self.stderr
+        return abs(self.mean) > max(WIN, stats.t.ppf(CONFIDENCE, self.freedom)) * self.stderr
 
 
 @dataclass(frozen=True)
@@ -163,19 +170,25 @@ def paired_difference(cell: Cell, other: Cell) -> Difference | None:
     """Mean loss of `cell` minus that of `other`, nats per token; None for a single window, which has no error.
 
     The variance is that of the windows' differences and, where a method ran with several seeds, that between seeds:
-    of the differences where both ran with the same ones, else of each method.
+    of the differences where both ran with the same ones, else of each method. None, too, where one of them still lacks
+    the other's seeds, which would pass for a method without noise.
     """
     if not (cell.found and other.found):
         return None
     d = cell.losses.mean(axis=0) - other.losses.mean(axis=0)
     if len(d) < 2:
         return None
-    variance = d.var(ddof=1) / len(d)
-    of_seeds = [one.losses.mean(axis=1) for one in (cell, other)]
+    samples = []
     if cell.replicates == other.replicates:
-        of_seeds = [of_seeds[0] - of_seeds[1]]
-    variance += sum(means.var(ddof=1) / len(means) for means in of_seeds if len(means) > 1)
-    return Difference(float(d.mean()), math.sqrt(variance))
+        samples.append((cell.losses - other.losses).mean(axis=1))
+    elif any(len(one.runs) == 1 and one.runs[0].calibration for one in (cell, other)):
+        return None
+    else:
+        samples += [one.losses.mean(axis=1) for one in (cell, other)]
+    of_seeds = [(sample.var(ddof=1) / len(sample), len(sample) - 1) for sample in samples if len(sample) > 1]
+    variance = d.var(ddof=1) / len(d) + sum(v for v, _ in of_seeds)
+    uncertain = sum(v**2 / freedom for v, freedom in of_seeds)
+    return Difference(float(d.mean()), math.sqrt(variance), float(variance**2 / uncertain) if uncertain else math.inf)
 
 
 def _table(runs: list[Run], setting: tuple[str | None, ...], labels: dict[str, str]) -> Table:
@@ -194,6 +207,7 @@ def _table(runs: list[Run], setting: tuple[str | None, ...], labels: dict[str, s
         facts |= {"missing": missing_text(missing)}
     cells = []
     for _, group in sorted(groups.items()):
+        group.sort(key=lambda run: run.replicate)
         finished = [run for run in group if run.perplexity is not None]
         cells.append(Cell(labels[group[0].id], tuple(finished or group)))
     return Table(facts, runs[0].dataset, tuple(cells))

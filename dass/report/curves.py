@@ -100,43 +100,6 @@ def curve_figure(tables: list[Table]) -> Figure:
     return figure
 
 
-def calibration_figure(tables: list[Table], sizes: list[int], sources: list[str]) -> Figure:
-    """Perplexity over the number of calibration sequences, mean and standard deviation over the seeds.
-
-    Args:
-        tables: one per calibration set.
-        sizes: sequences of each table.
-        sources: the text of each; the first is drawn as lines, the others as open markers.
-    """
-    models = list(dict.fromkeys(table.facts["model"] for table in tables))
-    figure, axes_list = panels(len(models))
-    styles = {k: v for k, v in label_styles(tables).items() if k != "dense"}
-    for axes, model in zip(axes_list, models, strict=True):
-        for number, (label, style) in enumerate(styles.items()):
-            for source in dict.fromkeys(sources):
-                cells = [
-                    (size, cell)
-                    for table, size, of in zip(tables, sizes, sources, strict=True)
-                    if of == source and table.facts["model"] == model
-                    for cell in table.cells
-                    if cell.found and cell.label == label
-                ]
-                cells.sort(key=lambda pair: pair[0])
-                shifted = [size * 1.03 ** (number - len(styles) / 2) for size, _ in cells]
-                spread = [cell.spread() or 0.0 for _, cell in cells]
-                if cells:
-                    line(axes, shifted, [c.perplexity for _, c in cells], spread, style, source != sources[0])
-        axes.set_xscale("log", base=2)
-        ticks = sorted(set(sizes))
-        axes.set_xticks(ticks, [str(size) for size in ticks])
-        axes.set_title(model)
-        axes.set_ylabel(f"perplexity, {tables[0].dataset}")
-    axes_list[-1].set_xlabel("calibration sequences")
-    others = ", ".join(dict.fromkeys(sources[i] for i in range(len(sources)) if sources[i] != sources[0]))
-    legend(figure, styles, f"± 1 sd over seeds; full: {sources[0]}" + (f", open: {others}" if others else ""))
-    return figure
-
-
 def difference_figure(tables: list[Table], names: list[str]) -> Figure:
     """Difference of each method's loss to Wanda's, a group for each model and a panel for each pattern."""
     patterns = [p for p in dict.fromkeys(p for table in tables for p in table.patterns) if p != "dense"]

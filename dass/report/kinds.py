@@ -11,14 +11,15 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dass.report.cells import Table, build_tables, rank
-from dass.report.curves import alpha_figure, calibration_figure, curve_figure, difference_figure
+from dass.report.calibration import CalibrationSet, calibration_figure, calibration_grid
+from dass.report.cells import Table, build_tables
+from dass.report.curves import alpha_figure, curve_figure, difference_figure
 from dass.report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
 from dass.report.figures import perplexity_figure
-from dass.report.grid import MISSING, Grid, with_error
+from dass.report.grid import Grid
 from dass.report.published import Published, beside_published
 from dass.report.runs import Run, missing_text
-from dass.report.tables import Contrast, difference_text, frame, perplexity_grid, side_by_side
+from dass.report.tables import Contrast, frame, perplexity_grid, side_by_side
 from dass.report.times import time_figure, time_grids
 from dass.report.zero_shot import zero_shot_figure, zero_shot_grids
 
@@ -78,50 +79,22 @@ def glu_variants(material: Material) -> Report:
 
 
 def calibration(material: Material) -> Report:
-    """Perplexity by the number of calibration sequences, their draw and their source; one row for each set."""
-    tables = build_tables(material.runs)
-    tables = [table for table in tables if any(cell.runs[0].calibration for cell in table.cells)]
-    sets = [next(cell.runs[0].calibration for cell in table.cells if cell.runs[0].calibration) for table in tables]
-    words = [(str(one).split(",")[0], int(str(one).split(", ")[1].split(" ")[0])) for one in sets]
-    order = sorted(
-        range(len(tables)), key=lambda i: (tables[i].facts["model"], words[i][0] != words[0][0], words[i][1])
-    )
-    rows = []
-    for i in order:
-        table, (source, size) = tables[i], words[i]
-        for cell in sorted(table.cells, key=lambda cell: rank(cell.label)):
-            if cell.method == "dense":
-                continue
-            spread = cell.spread()
-            rows.append(
-                [
-                    source,
-                    cell.label,
-                    str(size),
-                    str(len(cell.runs) if cell.found else 0),
-                    with_error(cell.perplexity, cell.mean("stderr"), ".2f") if cell.found else MISSING,
-                    MISSING if spread is None else f"{spread:.2f}",
-                    difference_text(cell, table.cell(cell.pattern, table.reference)),
-                ]
-            )
-    headers = ("Calibration text", "Method", "Sequences", "Seeds", "Perplexity", "sd over seeds", "Δ loss to Wanda")
-    legend = (
-        "Perplexity: mean over the seeds, ± one standard error over windows. Δ loss: nats per token, with a standard "
-        "error over windows and seeds, paired in both; ≈: within two of them, no win."
-    )
-    facts = {key: tables[0].facts[key] for key in ("model", "evaluation", "pruned", "machine")} if tables else {}
-    if tables:
-        facts["pattern"] = ", ".join(p for p in tables[0].patterns if p != "dense")
-        facts["sequence length"] = str(sets[0]).split(" × ")[1].split(" ")[0] + " tokens"
-        dense = tables[0].cell("dense", "dense")
-        facts["dense"] = f"{dense.perplexity:.2f}" if dense and dense.found else MISSING
-        if missing := [run for run in material.runs if run.perplexity is None]:
-            facts["missing"] = missing_text(missing)
-    grid = Grid("Perplexity by calibration set", headers, rows, facts, legend)
-    sizes, sources = [words[i][1] for i in order], [words[i][0] for i in order]
-    found = any(cell.found and cell.method != "dense" for table in tables for cell in table.cells)
-    draw = (lambda: calibration_figure([tables[i] for i in order], sizes, sources)) if found else None
-    return Report([grid, *beside_published(tables, material.published)], draw, frame(material.runs))
+    """Perplexity by the number of calibration sequences, their draw and their source, model by model."""
+    sets = []
+    for table in build_tables(material.runs):
+        run = next((cell.runs[0] for cell in table.cells if cell.runs[0].calibration), None)
+        if run is not None:
+            sets.append(CalibrationSet(table, run.calibration_source, run.calibration_size))
+    first = sets[0].source if sets else ""
+    sets.sort(key=lambda one: (one.table.facts["model"], one.source != first, one.size))
+    grids = [
+        calibration_grid([one for one in sets if one.table.facts["model"] == model])
+        for model in dict.fromkeys(one.table.facts["model"] for one in sets)
+    ]
+    found = any(cell.found and cell.method != "dense" for one in sets for cell in one.table.cells)
+    usual = [one.table for one in sets if (one.source, one.size) == (first, 128)]  # sequences, as published
+    grids += beside_published(usual, material.published)
+    return Report(grids, (lambda: calibration_figure(sets)) if found else None, frame(material.runs))
 
 
 def zero_shot(material: Material) -> Report:

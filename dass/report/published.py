@@ -6,10 +6,18 @@ from pathlib import Path
 import pandas as pd
 
 from dass.errors import DassError
-from dass.report.cells import Table
+from dass.report.cells import Cell, Table
 from dass.report.grid import MISSING, Grid
+from dass.report.runs import Run
 
 DATASETS = {"wikitext2": "wikitext2-test"}  # what our evaluations are called in the publications' file
+AS_PUBLISHED = {  # the options that tell the published variant from the others of an ablation
+    "dense": (),
+    "magnitude": ("axis.gate=layer", "update=none"),
+    "wanda": ("axis.gate=in", "update=none"),
+    "sparsegpt": ("update=obs",),
+    "dass": ("alpha=0.5", "axis.gate=out", "update=none"),
+}
 COLUMNS = ("metric", "dataset", "model", "method", "pattern", "value", "seq_len", "targets", "source")
 LEGEND = (
     "A published number is comparable where data, sequence length and pruned projections agree (the dense model prunes "
@@ -32,37 +40,44 @@ class Published:
 
 
 def read_published(folder: Path) -> list[Published]:
-    """The perplexities of all CSV files of `results/published`; DassError where a file lacks a column."""
+    """The perplexities of all CSV files of `results/published`; an unknown cell is empty and left out.
+
+    Raises:
+        DassError: a file cannot be read, lacks a column, or holds a value that is no number; names it.
+    """
     numbers: list[Published] = []
     for path in sorted(folder.glob("*.csv")):
-        rows = pd.read_csv(path)
-        if missing := [column for column in COLUMNS if column not in rows]:
-            raise DassError(f"{path} has no column {missing[0]}: the columns are {', '.join(COLUMNS)}.")
+        try:
+            rows = pd.read_csv(path)
+            if missing := [column for column in COLUMNS if column not in rows]:
+                raise DassError(f"{path} has no column {missing[0]}: the columns are {', '.join(COLUMNS)}.")
+            rows["value"], rows["seq_len"] = pd.to_numeric(rows["value"]), pd.to_numeric(rows["seq_len"])
+        except ValueError as error:  # pandas' own errors among them
+            raise DassError(f"{path} is not a table of published numbers ({error}): correct it.") from error
         rows = rows[(rows["metric"] == "perplexity") & rows["value"].notna()]
-        numbers += [Published(**row) for row in rows.drop(columns="metric").to_dict("records")]
+        numbers += [Published(**row) for row in rows[list(COLUMNS[1:])].to_dict("records")]
     return numbers
 
 
 def beside_published(tables: list[Table], published: list[Published]) -> list[Grid]:
-    """Ours and the published perplexity of every cell that has both or whose run is missing; no grid where none has."""
+    """Our perplexity, found or missing, beside each published one of the same cell; no grid where there is none."""
     rows = []
     for table in tables:
         for number in published:
-            if table.facts["model"].split(" (")[0] != number.model:
+            cell = published_variant(table, number)
+            if cell is None or table.facts["model"].split(" (")[0] != number.model:
                 continue
-            cell = table.cell(number.pattern, number.method)
-            if cell is None:
-                continue
+            run = cell.runs[0]
             rows.append(
                 [
                     number.model,
-                    number.method,
+                    cell.label,
                     number.pattern,
                     f"{cell.perplexity:.2f}" if cell.found else MISSING,
                     f"{number.value:g}",
-                    f"{cell.runs[0].dataset}, {cell.runs[0].seq_len}, {cell.runs[0].pruned or 'none'}",
+                    f"{run.dataset}, {run.seq_len}, {run.pruned or 'none'}",
                     f"{number.dataset}, {number.seq_len}, {number.targets}",
-                    why_not_comparable(number, table, number.method) or "yes",
+                    why_not_comparable(number, run) or "yes",
                     number.source,
                 ]
             )
@@ -70,21 +85,32 @@ def beside_published(tables: list[Table], published: list[Published]) -> list[Gr
         "Model",
         "Method",
         "Pattern",
-        "Ours",
-        "Published",
+        "Our perplexity",
+        "Published perplexity",
         "Ours: data, length, targets",
         "Published: data, length, targets",
         "Comparable",
         "Source",
     )
-    return [Grid("Beside published perplexities", headers, rows, legend=LEGEND, text_columns=3)] if rows else []
+    unique = list(dict.fromkeys(map(tuple, rows)))
+    grid = Grid("Beside published numbers", headers, [list(row) for row in unique], legend=LEGEND, text_columns=3)
+    return [grid] if rows else []
 
 
-def why_not_comparable(number: Published, table: Table, label: str) -> str:
+def published_variant(table: Table, number: Published) -> Cell | None:
+    """Our cell of a published method: of several variants of it, the one as published."""
+    cells = [cell for cell in table.cells if (cell.method, cell.pattern) == (number.method, number.pattern)]
+    if len(cells) > 1:
+        cells = [
+            cell
+            for cell in cells
+            if all(option in cell.runs[0].options for option in AS_PUBLISHED.get(number.method, ()))
+        ]
+    return cells[0] if len(cells) == 1 else None
+
+
+def why_not_comparable(number: Published, run: Run) -> str:
     """What differs between a published number and ours, in words; empty where nothing does."""
-    cell = table.cell(number.pattern, label)
-    assert cell is not None
-    run = cell.runs[0]
     differing = []
     if DATASETS.get(run.dataset) != number.dataset:
         differing.append("data")

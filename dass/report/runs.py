@@ -39,6 +39,17 @@ class Run:
         return self.model, self.evaluation, self.pruned, self.calibration
 
     @property
+    def calibration_source(self) -> str:
+        """The calibration text; empty where the run read none."""
+        return (self.calibration or "").split(",")[0]
+
+    @property
+    def calibration_size(self) -> int:
+        """The number of calibration sequences; 0 where the run read none, or all of a file."""
+        words = (self.calibration or "").split(", ")
+        return int(words[1].split(" ")[0]) if len(words) > 1 and words[1].split(" ")[0].isdigit() else 0
+
+    @property
     def replicate(self) -> tuple[int, int]:
         """Which of several like runs this is."""
         return self.training_seed or 0, self.seed
@@ -78,6 +89,7 @@ def missing_text(missing: list[Run]) -> str:
 
 def _run(record: dict[str, Any]) -> Run:
     config, stages, machine = record["config"], record["stages"], record["machine"]
+    _require_contents(record)
     dtype = config.get("resolved", config["model"])["dtype"]  # the model's own may be "auto"
     run = _described(record["id"], config, "calibration" in stages, dtype)
     run = replace(
@@ -110,6 +122,22 @@ def _name(model: str) -> str:
     return model.split(" (")[0]
 
 
+def _require_contents(record: dict[str, Any]) -> None:
+    """What the reports of single stages, of accuracies and of comparisons read; KeyError or ValueError without it."""
+    for stage in record["stages"].values():
+        if not math.isfinite(stage["seconds"] + stage["peak_memory_gb"]):
+            raise ValueError("a stage took no time that can be told")
+    for metric in record["metrics"]:
+        if metric["metric"] == "acc" and metric["dataset"] != "mean":
+            right = math.fsum(metric["items"])
+            if len(metric["items"]) != metric["n"] or not math.isclose(
+                right / metric["n"], metric["value"], rel_tol=1e-6
+            ):
+                raise ValueError(f"its items contradict its accuracy on {metric['dataset']}")
+    if "methods" in record["config"]["method"] and not {"errors", "jaccard", "norms"} <= set(record["diagnostics"]):
+        raise ValueError("its diagnostics are not whole")
+
+
 def _described(run_id: str, config: dict[str, Any], calibrates: bool, dtype: str) -> Run:
     """A run by its config alone."""
     method, model, evaluation = config["method"], config["model"], config["evaluation"]
@@ -125,9 +153,7 @@ def _described(run_id: str, config: dict[str, Any], calibrates: bool, dtype: str
     return Run(
         id=run_id,
         model=f"{model['name']} ({details})" if details else model["name"],
-        evaluation=None
-        if evaluation["name"] == "none"
-        else _words(evaluation, f"{evaluation['n_windows'] or 'all'} windows", evaluation["seq_len"]),
+        evaluation=_evaluation(evaluation),
         pruned=pruned,
         calibration=calibration,
         dataset=evaluation["name"],
@@ -151,6 +177,16 @@ def _described(run_id: str, config: dict[str, Any], calibrates: bool, dtype: str
 
 def _pattern(sparsity: dict[str, Any]) -> str:
     return f"{100 * sparsity['ratio']:g}%" if sparsity["n"] is None else f"{sparsity['n']}:{sparsity['m']}"
+
+
+def _evaluation(evaluation: dict[str, Any]) -> str | None:
+    """An evaluation in words, as far as its config tells; None where there is none."""
+    if evaluation["name"] == "none":
+        return None
+    if evaluation["seq_len"] is None:  # zero-shot tasks
+        items = f"{evaluation['limit']} items" if evaluation["limit"] else "all items"
+        return f"{evaluation['name']}, {items} of each task (bos: {evaluation['bos']})"
+    return _words(evaluation, f"{evaluation['n_windows'] or 'all'} windows", evaluation["seq_len"])
 
 
 def _words(text: dict[str, Any], count: str, seq_len: int | str) -> str:

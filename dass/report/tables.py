@@ -14,9 +14,8 @@ LEGEND = (
     "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "
     "apart from it (paired difference of the loss within two standard errors); several in bold are a draw. "
     "≈: cannot be told apart from the reference by the same rule. Δ loss: nats per token; ratio: of the perplexities. "
-    "Targeted, all linear: share of zeros in the targeted weights, in all linear ones. Pruning: seconds of the walk, on "
-    f"a machine that may have been busy; those of pruning_time are made to be compared. {MISSING}: not run, or "
-    "does not apply."
+    "Targeted, all linear: share of zeros in the targeted weights, in all linear ones. "
+    f"{MISSING}: not run, or does not apply."
 )
 SIDE_BY_SIDE_LEGEND = (
     "Perplexity. Bold: the lowest of a pattern and every other that cannot be told apart from it (paired difference of "
@@ -35,7 +34,7 @@ class Contrast:
 
 def perplexity_grid(table: Table, contrast: Contrast | None = None) -> Grid:
     """One table in full: perplexity, paired difference to Wanda (and of the contrast), sparsity, time."""
-    headers = ["Pattern", "Method", "Perplexity", "Δ loss to Wanda", "Ratio", "Targeted", "All linear", "Pruning [s]"]
+    headers = ["Pattern", "Method", "Perplexity", "Δ loss to Wanda", "Ratio", "Targeted", "All linear"]
     rows, bold = [], set()
     for index, (pattern, label) in enumerate(table.rows()):
         rows.append(_row(table, pattern, label))
@@ -103,7 +102,7 @@ def comparison(runs: list[Run], committed: list[Run]) -> str:
 def _row(table: Table, pattern: str, label: str) -> list[str]:
     cell, reference = table.cell(pattern, label), table.cell(pattern, table.reference)
     if cell is None or not cell.found:
-        return [pattern, label, *[MISSING] * 6]
+        return [pattern, label, *[MISSING] * 5]
     perplexity = with_error(cell.perplexity, cell.mean("stderr"), ".2f")
     if (spread := cell.spread()) is not None:
         perplexity += f" ({len(cell.runs)} seeds, sd {spread:.2f})"
@@ -113,9 +112,5 @@ def _row(table: Table, pattern: str, label: str) -> list[str]:
     elif reference and (difference := paired_difference(cell, reference)):
         ratio = f"{math.exp(difference.mean):.3f}"
     shares = [cell.mean("sparsity_targeted"), cell.mean("sparsity_linear")]
-    seconds = cell.mean("pruning_seconds")
-    numbers = [
-        *(MISSING if x is None else f"{x:.1%}" for x in shares),
-        MISSING if seconds is None else f"{seconds:.1f}",
-    ]
-    return [pattern, label, perplexity, difference_text(cell, reference), ratio, *numbers]
+    sparsity = [MISSING if share is None else f"{share:.1%}" for share in shares]
+    return [pattern, label, perplexity, difference_text(cell, reference), ratio, *sparsity]

@@ -15,7 +15,7 @@ STAGES = ("load", "calibration", "pruning")
 LEGEND = (
     "Seconds by stage: reading the model, drawing the calibration tokens, and the walk over the blocks; peak memory of "
     "the walk: resident on the host, and allocated on the GPU where there is one. One run each, so that a few per cent "
-    f"are noise. {MISSING}: the stage does not exist, or the run is missing."
+    f"are noise. Ratio: where Wanda ran on the same machine. {MISSING}: there is no such stage, or the run is missing."
 )
 
 
@@ -28,7 +28,8 @@ def time_grids(runs: list[Run], records: dict[str, dict[str, Any]]) -> list[Grid
         own.sort(key=lambda run: (strictness(run.pattern), rank(labels[run.id])))
         rows = []
         for run in own:
-            wanda = next((r for r in own if (r.method, r.pattern) == ("wanda", run.pattern)), None)
+            same = ("wanda", run.pattern, run.machine)
+            wanda = next((r for r in own if (r.method, r.pattern, r.machine) == same), None)
             rows.append(
                 [run.pattern, labels[run.id], *_row(records.get(run.id), records.get(wanda.id) if wanda else None)]
             )

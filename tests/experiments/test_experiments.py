@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from dass.errors import DassError
@@ -82,6 +84,10 @@ def test_an_experiment_is_what_hydra_composes(hydra, name, scale):
     whole = compose("prune", [f"experiment={name}", f"scale={scale}"], return_hydra_config=True)
     sweeper = OmegaConf.to_container(whole.hydra.sweeper, resolve=True)
     jobs = jobs_of(sweeper["grids"], sweeper["scales"][scale], [f"experiment={name}", f"scale={scale}"])
+    launched = Plugins.instance().instantiate_sweeper(  # what Hydra itself makes of the file
+        hydra_context=HydraContext(config_loader=None, callbacks=None), task_function=lambda _: None, config=whole
+    )
+    assert jobs == jobs_of(launched.grids, launched.scales[scale], [f"experiment={name}", f"scale={scale}"])
     by_design = {run.design: run.config for run in experiment.runs}
     for job in jobs[:: max(1, len(jobs) // 2)]:
         hydras = compose("prune", job)
@@ -125,7 +131,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(setting, tmp_path):  
 
     shutil.copytree(tmp_path / "model", tmp_path / "broken", dirs_exist_ok=True)
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
-    assert len(records(tmp_path)) == 4 or len(records(tmp_path)) == 2  # the same contents are the same model
+    assert len(records(tmp_path)) == 2  # with the same contents it is the same model, whose records are there
     assert read_failures(tmp_path / "runs") == {}
 
 
@@ -158,7 +164,7 @@ def test_a_missing_cell_is_shown_with_the_reason(tmp_path, hydra):
     text = make_report(tmp_path, hydra)
     rows = {tuple(c.strip() for c in line.split("|")[1:3]): line for line in text.splitlines() if line[:1] == "|"}
     assert f"{np.exp(losses(0.2, 0.03).mean()):.2f}" in rows["2:4", "dass"]
-    assert rows["50%", "dass"].count("—") == 6
+    assert rows["50%", "dass"].count("—") == 5
     assert "gemma3_270m" in text and "Gemma is gated: log in." in text and "not run yet" in text
 
     (tmp_path / "runs" / "corrupt.json").write_text("{")

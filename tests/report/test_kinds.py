@@ -206,3 +206,50 @@ def test_a_published_file_without_a_column_is_one_sentence(tmp_path):
     (tmp_path / "x.csv").write_text("model,value\nllama2_7b,5\n")
     with pytest.raises(DassError, match=r"x\.csv has no column metric"):
         read_published(tmp_path)
+
+
+def test_two_standard_errors_of_few_seeds_are_not_enough():
+    """With three seeds the 2 becomes Student's 4.3, as far as the error comes from the seeds."""
+    shifts = np.array([-0.01, 0.0, 0.01])
+    stderr = shifts.std(ddof=1) / math.sqrt(3)
+    for factor, counts in ((3.0, False), (4.5, True)):
+        records = [make_record(f"w{seed}", "wanda", losses(0.3), seed=seed) for seed in range(3)]
+        records += [
+            make_record(f"d{seed}", "dass", losses(0.3 - factor * stderr + shift), seed=seed)
+            for seed, shift in enumerate(shifts)
+        ]
+        (table,) = build_tables(runs_of(records))
+        difference = paired_difference(table.cell("2:4", "dass"), table.cell("2:4", "wanda"))
+        assert difference.stderr == pytest.approx(stderr) and difference.counts == counts
+
+
+def test_a_method_that_lacks_seeds_is_not_compared():
+    records = [make_record(f"w{seed}", "wanda", losses(0.3 + seed / 100), seed=seed) for seed in range(3)]
+    (table,) = build_tables(
+        runs_of([*records, make_record("d", "dass", losses(0.2)), make_record("m", "magnitude", losses(1))])
+    )
+    assert paired_difference(table.cell("2:4", "dass"), table.cell("2:4", "wanda")) is None
+    assert paired_difference(table.cell("2:4", "magnitude"), table.cell("2:4", "wanda")) is not None
+
+
+def test_models_have_calibration_tables_of_their_own():
+    records = [make_record("d", "dense", losses(0)), *calibration_records()]
+    others = [record | {"id": record["id"] + "x"} for record in calibration_records()]
+    for record in others:
+        record["config"] = record["config"] | {"model": {"name": "other", "dtype": "auto"}}
+    report = KINDS["calibration"](material(*records, *others))
+    assert [grid.facts["model"] for grid in report.grids] == ["other (float32)", "toy (float32)"]
+    assert [grid.facts["dense"] for grid in report.grids] == [MISSING, f"{np.exp(losses(0).mean()):.2f}"]
+
+
+@pytest.mark.parametrize("damage", ["items", "stages", "diagnostics"])
+def test_a_damaged_record_is_named_and_left_out(damage, capsys):
+    record = zero_shot_record("z" * 16, "wanda", {"piqa": [1, 0, 1, 1], "arc_easy": [1, 1, 0, 0]})
+    if damage == "items":
+        record["metrics"][0]["items"] = [0, 0, 0, 0]
+    elif damage == "stages":
+        del record["stages"]["load"]["seconds"]
+    else:
+        record["config"]["method"] = {"name": "compare", "methods": ["wanda", "dass"]}
+    assert runs_of([record]) == []
+    assert "z" * 16 in capsys.readouterr().err
