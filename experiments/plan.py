@@ -24,8 +24,9 @@ from dass.planning.costs import (
     targeted_weights,
 )
 from dass.planning.device import Assumptions, Device, Stage, seconds
+from dass.planning.devices import DEVICES
 from dass.pruning.method import BlockPruner
-from experiments.app import CONF, run_app
+from experiments.app import run_app
 from experiments.methods import pruners_of
 from experiments.resolve import source_of
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig, SparsityConfig
@@ -59,9 +60,9 @@ ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 def main(config: DictConfig) -> None:
     """Print the plan of a composed config; DassError where a value or combination means nothing."""
     typed: PlanConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
-    device, efficiency = read_device(typed.device)
+    device = find_device(typed.device)
     assumed = Assumptions(
-        efficiency if typed.efficiency is None else typed.efficiency, typed.launch_us, typed.disk_gb_s
+        device.efficiency if typed.efficiency is None else typed.efficiency, typed.launch_us, typed.disk_gb_s
     )
     pruners = pruners_of(PruneConfig(method={"methods": list(METHODS)}, sparsity=typed.sparsity, targets=typed.targets))
     calibration = typed.calibration
@@ -98,14 +99,13 @@ def transformers_config(model: ModelConfig) -> Any:
     return load_config(source_of(model), model.revision)
 
 
-def read_device(name: str) -> tuple[Device, float]:
-    """A device of conf/hardware and the efficiency that its file assumes; DassError lists those that there are."""
-    known = {path.stem: path for path in sorted((CONF / "hardware").glob("*.yaml"))}
-    if name not in known:
-        raise DassError(f"device={name} is unknown: choose one of {', '.join(known)}, or add it to conf/hardware.")
-    sizes: dict[str, float] = OmegaConf.to_container(OmegaConf.load(known[name]))  # type: ignore[assignment]
-    efficiency = sizes.pop("efficiency")
-    return Device(name, **sizes), efficiency
+def find_device(name: str) -> Device:
+    """A device by its name; DassError lists those that there are."""
+    if name not in DEVICES:
+        raise DassError(
+            f"device={name} is unknown: choose one of {', '.join(DEVICES)}, or add it to dass/planning/devices.py."
+        )
+    return DEVICES[name]
 
 
 def evaluation_size(evaluation: EvaluationConfig) -> tuple[int, int] | None:

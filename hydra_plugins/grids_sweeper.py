@@ -92,8 +92,9 @@ def jobs_of(grids: list[Grid], variants: list[Grid], arguments: list[str]) -> li
         arguments: the command line's overrides; a key given here is no longer taken from a grid.
     """
     parser = OverridesParser.create()
-    jobs: list[list[str]] = []
+    jobs: dict[frozenset[str], list[str]] = {}
     for grid, variant in itertools.product(grids, variants):
         given = [f"{key}={value}" for key, value in {**grid, **variant}.items()]
-        jobs += BasicSweeper.split_arguments(parser.parse_overrides(given + arguments), None)[0]
-    return [job for index, job in enumerate(jobs) if job not in jobs[:index]]
+        for job in BasicSweeper.split_arguments(parser.parse_overrides(given + arguments), None)[0]:
+            jobs.setdefault(frozenset(job), job)
+    return list(jobs.values())

@@ -246,7 +246,10 @@ def test_a_mixture_of_experts():
 
 
 def test_seconds():
-    device, assumed = Device("d", 10, tflops_16bit=8, tflops_fp32=2, bandwidth_gb_s=100), Assumptions(0.5, 10, 2)
+    device, assumed = (
+        Device("d", 10, tflops_16bit=8, tflops_fp32=2, bandwidth_gb_s=100, efficiency=1),
+        Assumptions(0.5, 10, 2),
+    )
     work = Stage("s", 0, flops=16e12)
     assert seconds(work, device, "bfloat16", assumed) == 4
     assert seconds(work, device, "float32", assumed) == 16
@@ -273,7 +276,7 @@ def test_seconds():
         ),
         (lambda: Workload("float64", 1, 8, 1), "dtype=float64"),
         (lambda: Workload("float32", 0, 8, 1), "n_sequences=0"),
-        (lambda: Device("d", 0, 1, 1, 1), "memory_gb=0"),
+        (lambda: Device("d", 0, 1, 1, 1, 1), "memory_gb=0"),
         (lambda: Assumptions(1.5, 1, 1), "efficiency=1.5"),
         (lambda: Assumptions(0.5, -1, 1), "launch_us=-1"),
     ],

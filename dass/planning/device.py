@@ -17,6 +17,8 @@ class Device:
     tflops_fp32: float
     """Peak of fp32 products (TF32 off)."""
     bandwidth_gb_s: float
+    efficiency: float
+    """Share of these that is reached, unless the plan says otherwise."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no device has."""

@@ -8,12 +8,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dass.errors import DassError
+from dass.planning.devices import DEVICES
 from experiments import plan
 from experiments.app import CONF
 from tests.models import tiny_model
 
 PLANNED = [path.stem for path in sorted((CONF / "model").glob("*.yaml")) if "architecture" in OmegaConf.load(path)]
-DEVICES = [path.stem for path in sorted((CONF / "hardware").glob("*.yaml"))]
 
 
 def composed(*overrides, name="plan"):
@@ -74,7 +74,7 @@ def test_a_folder_without_weights(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["device=gtx"], "device=gtx is unknown: choose one of a100, "),
+        (["device=gtx"], "device=gtx is unknown: choose one of h100, "),
         (["model=local"], "model=local needs a folder"),
         (["model.architecture.model_type=nope"], "not one that transformers knows"),
         (["sparsity=nm", "sparsity.n=2", "sparsity.m=7"], "M=7 does not divide"),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dass.errors import DassError
 from dass.records import RECORD_KEYS
 from dass.sparsity import apply_masks, read_masks
+from experiments import evaluation, plan, train_tiny  # noqa: F401  (their typed configs)
 from experiments import prune as app
 from experiments.app import CONF
 from experiments.resolve import resolve
@@ -353,7 +354,7 @@ def test_wandb_offline_and_a_crash_closes_the_run(setting, tmp_path, monkeypatch
     def crash(*_, **__):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(app, "perplexity", crash)
+    monkeypatch.setattr(evaluation, "perplexity", crash)
     with pytest.raises(RuntimeError, match="out of luck"):
         run(*setting, "method=wanda")
     assert wandb.run is None
