@@ -47,6 +47,10 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
     os.environ.setdefault("DASS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))  # inherited by the jobs of a sweep
 
+    sweeping = {"-m", "--multirun", "--cfg", "-c", "--help", "--hydra-help", "--info"}
+    if any(argument.startswith("experiment=") for argument in sys.argv) and not sweeping & set(sys.argv):
+        sys.argv.append("--multirun")  # an experiment is a sweep
+
     started = False
 
     @functools.wraps(task)

@@ -103,7 +103,7 @@ def test_the_scales_of_an_experiment_differ_in_scale_only(hydra):
 
 
 def test_a_dry_run_prints_every_run_and_loads_nothing(tmp_path):
-    command = [sys.executable, "-m", "experiments.prune", "-m", "experiment=table1_perplexity", "scale=paper"]
+    command = [sys.executable, "-m", "experiments.prune", "experiment=table1_perplexity", "scale=paper"]
     settings = ["model=llama2_70b,mistral_7b", "dry_run=true", f"results_dir={tmp_path}", "device=cpu"]
     done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
