@@ -181,7 +181,7 @@ def paired_difference(cell: Cell, other: Cell) -> Difference | None:
     samples = []
     if cell.replicates == other.replicates:
         samples.append((cell.losses - other.losses).mean(axis=1))
-    elif any(len(one.runs) == 1 and one.runs[0].calibration for one in (cell, other)):
+    elif any(len(one.runs) == 1 and one.runs[0].depends_on_seeds for one in (cell, other)):
         return None
     else:
         samples += [one.losses.mean(axis=1) for one in (cell, other)]

@@ -50,6 +50,11 @@ class Run:
         return int(words[1].split(" ")[0]) if len(words) > 1 and words[1].split(" ")[0].isdigit() else 0
 
     @property
+    def depends_on_seeds(self) -> bool:
+        """Whether another draw of the calibration set, or another training, would give another result."""
+        return self.calibration is not None or self.training_seed is not None
+
+    @property
     def replicate(self) -> tuple[int, int]:
         """Which of several like runs this is."""
         return self.training_seed or 0, self.seed
