@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from dass.errors import DassError
 from dass.records import read_failures, write_failure, write_record
 from dass.report.kinds import KINDS
+from experiments import prune
 from experiments.app import CONF
 from experiments.experiment import experiment_names, load_experiment
 from experiments.identity import design_of, design_of_record
@@ -92,6 +93,9 @@ def test_an_experiment_is_what_hydra_composes(hydra, name, scale):
     for job in jobs[:: max(1, len(jobs) // 2)]:
         hydras = compose("prune", job)
         assert OmegaConf.to_container(hydras, resolve=True) == by_design[design_of(OmegaConf.to_object(hydras))]
+        if scale == "paper":
+            hydras.device = "cpu"
+            assert re.match(r"[0-9a-f]{16} \w+ \w+.*: model hub_id \S+/\S+ @ [0-9a-f]{40} in ", prune.dry_run(hydras))
 
 
 def test_the_scales_of_an_experiment_differ_in_scale_only(hydra):
@@ -205,7 +209,6 @@ def test_the_ten_experiments_have_targets():
 
 
 def test_evaluate_scores_a_saved_model_like_a_dense_run(setting, tmp_path):  # noqa: F811
-    from experiments import prune
     from experiments.evaluate import evaluate
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -220,8 +223,6 @@ def test_evaluate_scores_a_saved_model_like_a_dense_run(setting, tmp_path):  # n
 
 
 def test_methods_are_compared_and_the_model_stays_dense(setting, tmp_path):  # noqa: F811
-    from experiments import prune
-
     others = [o for o in setting if not o.startswith("evaluation")]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         prune.main(compose("prune", [*others, "method=compare", "evaluation=none"]))
