@@ -41,6 +41,7 @@ OTHER_COLORS = ("#CC79A7", "#56B4E9", "#999999", "#F0E442")  # methods to come, 
 VARIANT_MARKERS = ("v", "<", ">", "h", "8", "d", "*")  # further rows of one method keep its colour
 COLUMN_WIDTH = 3.3  # inches, of a two-column paper
 LOG_ABOVE = 5.0  # ratio of the largest to the smallest perplexity
+DECADES_ABOVE = 1000.0  # the same, where only powers of ten have room as ticks
 RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -123,8 +124,9 @@ def set_perplexity_scale(axes: Axes, values: list[float]) -> None:
     """A logarithmic axis where perplexity explodes."""
     if values and max(values) > LOG_ABOVE * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if max(values) < DECADES_ABOVE * min(values):
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -76,7 +76,7 @@ def zero_shot_figure(runs: list[Run], records: dict[str, dict[str, Any]]) -> Fig
         for x, run in enumerate(run for run in found if run.method != "dense"):
             mean, style = scores_of(records[run.id])["mean"], METHOD_STYLE[run.method]
             value, error = 100 * mean["value"], 100 * mean["stderr"]
-            axes.errorbar(x, value, error, color=style.color, marker=style.marker, markersize=4, capsize=2)
+            axes.errorbar(x, value, error, color=style.color, marker=style.marker, markersize=4, capsize=2, lw=0.9)
         for run in found:
             if run.method == "dense":
                 axes.axhline(100 * scores_of(records[run.id])["mean"]["value"], color="#000000", ls="--", lw=0.8)
