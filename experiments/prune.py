@@ -45,6 +45,7 @@ from experiments.app import run_app
 from experiments.evaluation import evaluate, prepare_evaluation
 from experiments.identity import design_of
 from experiments.resolve import Checked, Plan, check, loads, resolve, source_of
+from experiments.schema import typed
 
 
 def main(config: DictConfig) -> None:
@@ -78,7 +79,7 @@ def dry_run(config: DictConfig) -> str:
 def _record_failure(config: DictConfig, error: Exception) -> None:
     """Say in the records' folder why a run of an experiment is missing; a config that means nothing has no place."""
     with suppress(DassError):
-        design = design_of(OmegaConf.to_object(config))  # type: ignore[arg-type]
+        design = design_of(typed(config))
         composed = OmegaConf.to_container(config, resolve=True)
         write_failure(
             Path(config.results_dir), {"design": design, "why": str(error) or type(error).__name__, "config": composed}

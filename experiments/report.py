@@ -20,7 +20,6 @@ from dass.report.published import read_published
 from dass.report.runs import missing_run, runs_of
 from dass.report.tables import comparison
 from dass.tracking import track
-from experiments import schema  # noqa: F401  (the typed config that experiments are composed with)
 from experiments.app import run_app
 from experiments.experiment import experiment_names, load_experiment
 from experiments.identity import design_of_record

@@ -15,7 +15,7 @@ from dass.records import identity_of
 from dass.training.tiny import trained_model
 from experiments.identity import determinants, needs_calibration
 from experiments.methods import pruners_of
-from experiments.schema import ModelConfig, PruneConfig
+from experiments.schema import ModelConfig, PruneConfig, typed
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,22 @@ def check(config: DictConfig) -> Checked:
     """
     composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
     _require_known_keys(config)
-    typed: PruneConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
-    _require_separate_folders(typed)
-    if not 0 <= typed.seed < 2**63:
-        raise DassError(f"seed={typed.seed} must be between 0 and 2^63 - 1.")
-    pruners = pruners_of(typed)
-    for name, asked in (("masks", typed.masks), ("save_model", typed.save_model)):
+    plain = typed(config)
+    _require_separate_folders(plain)
+    if not 0 <= plain.seed < 2**63:
+        raise DassError(f"seed={plain.seed} must be between 0 and 2^63 - 1.")
+    pruners = pruners_of(plain)
+    for name, asked in (("masks", plain.masks), ("save_model", plain.save_model)):
         if asked is not None and len(pruners) > 1:
             raise DassError(f"{name}=DIR has nothing to write where methods are only compared: choose one method.")
-    if not pruners and typed.masks is not None:
+    if not pruners and plain.masks is not None:
         raise DassError("masks=DIR has nothing to write for the dense model: choose a method that prunes.")
-    if len(pruners) > 1 and typed.evaluation.name != "none":
+    if len(pruners) > 1 and plain.evaluation.name != "none":
         raise DassError("method=compare leaves the model dense: set evaluation=none.")
-    if typed.batch_size is not None and typed.batch_size < 1:
-        raise DassError(f"batch_size={typed.batch_size} must be at least 1, or null for one that fits the memory.")
-    determinants(typed, pruners, contents=False)
-    return Checked(typed, composed, pruners)
+    if plain.batch_size is not None and plain.batch_size < 1:
+        raise DassError(f"batch_size={plain.batch_size} must be at least 1, or null for one that fits the memory.")
+    determinants(plain, pruners, contents=False)
+    return Checked(plain, composed, pruners)
 
 
 def resolve(config: DictConfig) -> Plan:

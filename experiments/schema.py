@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from dass.training.tiny import Recipe
 
@@ -107,3 +108,8 @@ class PruneConfig:
 
 
 ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
+
+
+def typed(config: DictConfig) -> PruneConfig:
+    """A composed config as data classes."""
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
