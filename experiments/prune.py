@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dass.calibration import calibration_tokens, require_in_vocabulary
 from dass.errors import DassError, first_line
@@ -78,7 +79,7 @@ def dry_run(config: DictConfig) -> str:
 
 def _record_failure(config: DictConfig, error: Exception) -> None:
     """Say in the records' folder why a run of an experiment is missing; a config that means nothing has no place."""
-    with suppress(DassError):
+    with suppress(DassError, OmegaConfBaseException):
         design = design_of(typed(config))
         composed = OmegaConf.to_container(config, resolve=True)
         write_failure(

@@ -8,12 +8,13 @@ from dass.report.cells import Table, rank
 from dass.report.curves import legend, line, panels
 from dass.report.figures import label_styles
 from dass.report.grid import MISSING, Grid, with_error
+from dass.report.runs import missing_text
 from dass.report.tables import difference_text
 
 HEADERS = ("Calibration text", "Method", "Sequences", "Seeds", "Perplexity", "sd over seeds", "Δ loss to Wanda")
 LEGEND = (
     "Perplexity: mean over the seeds, ± one standard error over windows. Δ loss: nats per token, with a standard error "
-    "over windows and seeds, paired in both; ≈: within two of them (more where there are few seeds), no win. "
+    "over windows and seeds, paired in both; ≈: within two of them, or Student's quantile where there are few seeds. "
     f"{MISSING}: not run, or not with all seeds yet."
 )
 
@@ -55,9 +56,10 @@ def calibration_grid(sets: list[CalibrationSet]) -> Grid:
     facts["sequence length"] = ", ".join(sorted({words.split(" × ")[1].split(" ")[0] for words in calibrations}))
     dense = next((cell for table in tables for cell in table.cells if cell.method == "dense" and cell.found), None)
     facts["dense"] = f"{dense.perplexity:.2f}" if dense else MISSING
-    for key in ("machine", "missing"):
-        if words := sorted({table.facts[key] for table in tables if key in table.facts}):
-            facts[key] = "; ".join(words)
+    facts["machine"] = "; ".join(sorted({table.facts["machine"] for table in tables}))
+    runs = {run.id: run for table in tables for cell in table.cells for run in cell.runs}
+    if missing := [run for run in runs.values() if run.perplexity is None]:
+        facts["missing"] = missing_text(missing)
     return Grid(f"Perplexity of {facts['model']} by calibration set", HEADERS, rows, facts, LEGEND)
 
 

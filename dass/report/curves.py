@@ -120,7 +120,7 @@ def difference_figure(tables: list[Table], names: list[str]) -> Figure:
         axes.margins(y=0.1)
         axes.set_title(pattern)
         axes.set_ylabel("Δ loss to Wanda [nats]")
-    legend(figure, styles, "± 1 standard error; open: within 2 of them")
+    legend(figure, styles, "± 1 standard error; open: cannot be told apart from Wanda")
     return figure
 
 

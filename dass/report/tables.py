@@ -12,14 +12,16 @@ from dass.report.runs import Run
 
 LEGEND = (
     "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "
-    "apart from it (paired difference of the loss within two standard errors); several in bold are a draw. "
-    "≈: cannot be told apart from the reference by the same rule. Δ loss: nats per token; ratio: of the perplexities. "
+    "apart from it (paired difference of the loss within two standard errors, or within Student's quantile of them "
+    "where they come from few seeds); several in bold are a draw. ≈: cannot be told apart from the reference by the "
+    "same rule. Δ loss: nats per token; ratio: of the perplexities. "
     "Targeted, all linear: share of zeros in the targeted weights, in all linear ones. "
     f"{MISSING}: not run, or does not apply."
 )
 SIDE_BY_SIDE_LEGEND = (
     "Perplexity. Bold: the lowest of a pattern and every other that cannot be told apart from it (paired difference of "
-    f"the loss within two standard errors); several in bold are a draw. {MISSING}: not run."
+    "the loss within two standard errors, or within Student's quantile of them where they come from few seeds); "
+    f"several in bold are a draw. {MISSING}: not run."
 )
 
 
