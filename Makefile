@@ -64,14 +64,14 @@ test-slow: $(READY) ## all tests, with those that take minutes and download more
 lint: $(READY) ## ruff (check and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dass experiments hydra_plugins
+	$(BIN)/mypy dass report experiments benchmarks hydra_plugins
 
 format: $(READY) ## let ruff mend and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 benchmark: $(READY) ## ratios to the forward work and to the reference's walk, into results/benchmark.md
-	$(BIN)/python -m experiments.benchmark
+	$(BIN)/python -m benchmarks.walk
 
 benchmark-gpu: $(READY) ## the same on a GPU with a random model of LLaMA2-7B's shape, into results/benchmark_gpu.md
-	$(BIN)/python -m experiments.benchmark --gpu
+	$(BIN)/python -m benchmarks.walk --gpu

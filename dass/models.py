@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dass.calibration import Tokenizer
+from dass.data.calibration import Tokenizer
 from dass.errors import DassError, first_line, require_finite
 from dass.records import file_sha256
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dass.calibration import Tokenizer
+from dass.data.calibration import Tokenizer
 from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.evaluation.zero_shot import mean_accuracy, zero_shot, zero_shot_tasks
 from dass.models import batch_size_for

@@ -23,7 +23,7 @@ class Experiment:
 
     name: str
     kind: str
-    """Of its report: a name in `dass.report.kinds.KINDS`."""
+    """Of its report: a name in `report.kinds.KINDS`."""
     runs: list["PlannedRun"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dass import assets
+from dass.data import assets
 from dass.errors import DassError
 from dass.evaluation.zero_shot import TASKS, item_files
 from dass.models import folder_fingerprint

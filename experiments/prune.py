@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dass.calibration import calibration_tokens, require_in_vocabulary
+from dass.data.calibration import calibration_tokens, require_in_vocabulary
 from dass.errors import DassError, first_line
 from dass.models import (
     batch_size_for,

@@ -13,16 +13,16 @@ from omegaconf import DictConfig
 
 from dass.errors import DassError
 from dass.records import read_failures, read_records, write_atomically
-from dass.report.figures import write_figure
-from dass.report.grid import to_csv, to_latex, to_markdown
-from dass.report.kinds import KINDS, Material, Report
-from dass.report.published import read_published
-from dass.report.runs import missing_run, runs_of
-from dass.report.tables import comparison
 from dass.tracking import track
 from experiments.app import run_app
 from experiments.experiment import experiment_names, load_experiment
 from experiments.identity import design_of_record
+from report.figures import write_figure
+from report.grid import to_csv, to_latex, to_markdown
+from report.kinds import KINDS, Material, Report
+from report.published import read_published
+from report.runs import missing_run, runs_of
+from report.tables import comparison
 
 
 def report(config: DictConfig) -> None:

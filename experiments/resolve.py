@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dass import assets
+from dass.data import assets
 from dass.errors import DassError
 from dass.models import require_dtype, resolve_device, resolve_dtype
 from dass.pruning.method import BlockPruner

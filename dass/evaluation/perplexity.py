@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from dass import assets
-from dass.calibration import Bos, Tokenizer, encode, windows_of
+from dass.data import assets
+from dass.data.calibration import Bos, Tokenizer, encode, windows_of
+from dass.data.texts import read_documents, read_wikitext
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.stages import release_freed_memory
-from dass.texts import read_documents, read_wikitext
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the chunk of logits that exists at a time: 64 MB in fp32."""

@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from dass import assets
-from dass.calibration import Bos, Tokenizer, encode, require_in_vocabulary, windows_of
+from dass.data import assets
+from dass.data.calibration import Bos, Tokenizer, encode, require_in_vocabulary, windows_of
+from dass.data.texts import read_text
 from dass.errors import DassError, first_line
-from dass.texts import read_text
 
 TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 STOCK = {

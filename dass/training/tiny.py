@@ -23,8 +23,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from dass import assets
-from dass.calibration import Tokenizer, encode, windows_of
+from dass.data import assets
+from dass.data.calibration import Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.evaluation.perplexity import Perplexity, perplexity
 from dass.models import save_model

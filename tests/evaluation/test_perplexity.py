@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dass.data.texts import read_wikitext
 from dass.errors import DassError
 from dass.evaluation import perplexity as module
 from dass.evaluation.perplexity import evaluation_windows, perplexity
-from dass.texts import read_wikitext
 from tests.models import ARCHITECTURES, random_tokens, tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 

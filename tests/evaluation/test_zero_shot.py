@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 
-from dass import assets
+from dass.data import assets
 from dass.errors import DassError
 from dass.evaluation.zero_shot import TASKS, TaskScore, mean_accuracy, zero_shot, zero_shot_tasks
 from tests.models import tiny_model

@@ -17,13 +17,13 @@ from omegaconf import OmegaConf
 
 from dass.errors import DassError
 from dass.records import read_failures, write_failure, write_record
-from dass.report.kinds import KINDS
 from experiments import prune
 from experiments.app import CONF
 from experiments.experiment import experiment_names, load_experiment
 from experiments.identity import design_of, design_of_record
 from experiments.report import report
 from hydra_plugins.grids_sweeper import jobs_of
+from report.kinds import KINDS
 from tests.experiments.test_prune import ROOT, records, setting  # noqa: F401  (a fixture)
 from tests.report.records import losses, make_record
 

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 
-from dass.report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
-from dass.report.figures import write_figure
+from report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
+from report.figures import write_figure
 
 ROLES = ("gate", "up", "down")
 

@@ -9,9 +9,9 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 from dass.records import read_records
-from dass.report.cells import build_tables
-from dass.report.figures import METHOD_STYLE, label_styles, perplexity_figure, write_figure
-from dass.report.runs import runs_of
+from report.cells import build_tables
+from report.figures import METHOD_STYLE, label_styles, perplexity_figure, write_figure
+from report.runs import runs_of
 from tests.report.records import losses, make_record, write_example
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from dass.errors import DassError
-from dass.report.cells import build_tables, paired_difference
-from dass.report.curves import difference_figure
-from dass.report.grid import MISSING, to_latex, to_markdown
-from dass.report.kinds import KINDS, Material
-from dass.report.published import read_published
-from dass.report.runs import missing_run, runs_of
+from report.cells import build_tables, paired_difference
+from report.curves import difference_figure
+from report.grid import MISSING, to_latex, to_markdown
+from report.kinds import KINDS, Material
+from report.published import read_published
+from report.runs import missing_run, runs_of
 from tests.report.records import losses, make_record
 
 

@@ -12,12 +12,12 @@ from hydra import compose, initialize_config_dir
 
 from dass.errors import DassError
 from dass.records import read_records, write_record
-from dass.report import grid
-from dass.report.cells import Table, build_tables
-from dass.report.runs import Run, runs_of
-from dass.report.tables import comparison, frame, perplexity_grid
 from experiments.app import CONF
 from experiments.report import report
+from report import grid
+from report.cells import Table, build_tables
+from report.runs import Run, runs_of
+from report.tables import comparison, frame, perplexity_grid
 from tests.report.records import losses, make_record, write_example
 
 

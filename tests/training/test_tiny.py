@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dass import assets
-from dass.calibration import encode
+from dass.data import assets
+from dass.data.calibration import encode
 from dass.errors import DassError
 from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.training import tiny

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 from tabulate import tabulate
 
-from dass.report.cells import Cell, Table, method_labels, paired_difference, rank, strictness
-from dass.report.grid import MISSING, Grid, with_error
-from dass.report.runs import Run
+from report.cells import Cell, Table, method_labels, paired_difference, rank, strictness
+from report.grid import MISSING, Grid, with_error
+from report.runs import Run
 
 LEGEND = (
     "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "

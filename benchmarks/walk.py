@@ -1,7 +1,7 @@
 """Ratios of our walk, masks and solver to the work they need and to the reference's, on this machine.
 
-python -m experiments.benchmark          SmolLM2 on the CPU; writes results/benchmark.md
-python -m experiments.benchmark --gpu    a random model of LLaMA2-7B's shape; writes results/benchmark_gpu.md
+python -m benchmarks.walk          SmolLM2 on the CPU; writes results/benchmark.md
+python -m benchmarks.walk --gpu    a random model of LLaMA2-7B's shape; writes results/benchmark_gpu.md
 """
 
 import argparse
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dass.assets import packaged_model
-from dass.calibration import calibration_tokens
+from benchmarks.reference import loop_mask, reference_walk
+from dass.data.assets import packaged_model
+from dass.data.calibration import calibration_tokens
 from dass.errors import DassError
 from dass.models import batch_size_for, load_model, load_tokenizer, parameter_bytes
 from dass.pruning.blocks import find_blocks
@@ -31,7 +32,6 @@ from dass.pruning.update import obs_sweep
 from dass.pruning.walk import enter_first_block, prune_model
 from dass.records import git_state, machine_description, package_versions, write_atomically
 from dass.stages import peak_resident_memory
-from experiments.reference_walk import loop_mask, reference_walk
 
 REPEATS = 2  # of each timing, interleaved; the fastest counts, since other programs only ever slow one down
 CALIBRATION = (32, 512)
@@ -73,7 +73,7 @@ def main() -> None:
     lines = [
         f"# Benchmark on {machine['gpu'] or machine['cpu']}",
         "",
-        f"Command `python -m experiments.benchmark{' --gpu' if gpu else ''}`; commit {git['commit']}"
+        f"Command `python -m benchmarks.walk{' --gpu' if gpu else ''}`; commit {git['commit']}"
         f"{' with local changes' if git['dirty'] else ''}; {machine['threads']} threads, {machine['memory_gb']} GB; "
         f"torch {versions['torch']}, transformers {versions['transformers']}. Timings are the best of {REPEATS}.",
         "",

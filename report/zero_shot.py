@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dass.report.cells import WIN, method_labels, rank, strictness
-from dass.report.curves import panels
-from dass.report.figures import METHOD_STYLE
-from dass.report.grid import MISSING, Grid, with_error
-from dass.report.runs import Run, missing_text
+from report.cells import WIN, method_labels, rank, strictness
+from report.curves import panels
+from report.figures import METHOD_STYLE
+from report.grid import MISSING, Grid, with_error
+from report.runs import Run, missing_text
 
 Scores = dict[str, dict[str, Any]]
 """The accuracies of one run by task: the metrics of its record."""

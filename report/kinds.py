@@ -11,17 +11,17 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dass.report.calibration import CalibrationSet, calibration_figure, calibration_grid
-from dass.report.cells import Table, build_tables
-from dass.report.curves import alpha_figure, curve_figure, difference_figure
-from dass.report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
-from dass.report.figures import perplexity_figure
-from dass.report.grid import Grid
-from dass.report.published import Published, beside_published
-from dass.report.runs import Run, missing_text
-from dass.report.tables import Contrast, frame, perplexity_grid, side_by_side
-from dass.report.times import time_figure, time_grids
-from dass.report.zero_shot import zero_shot_figure, zero_shot_grids
+from report.calibration import CalibrationSet, calibration_figure, calibration_grid
+from report.cells import Table, build_tables
+from report.curves import alpha_figure, curve_figure, difference_figure
+from report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
+from report.figures import perplexity_figure
+from report.grid import Grid
+from report.published import Published, beside_published
+from report.runs import Run, missing_text
+from report.tables import Contrast, frame, perplexity_grid, side_by_side
+from report.times import time_figure, time_grids
+from report.zero_shot import zero_shot_figure, zero_shot_grids
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from dass.pruning.blocks import INPUT_OF_ROLE, MLP_ROLES
-from dass.report.grid import MISSING, Grid
+from report.grid import MISSING, Grid
 
 Measured = dict[str, dict[str, Any]]
 """What `Comparison.as_dict` returned, by the model's name."""

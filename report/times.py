@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dass.report.cells import method_labels, rank, strictness
-from dass.report.curves import panels
-from dass.report.figures import METHOD_STYLE
-from dass.report.grid import MISSING, Grid
-from dass.report.runs import Run, missing_text
+from report.cells import method_labels, rank, strictness
+from report.curves import panels
+from report.figures import METHOD_STYLE
+from report.grid import MISSING, Grid
+from report.runs import Run, missing_text
 
 STAGES = ("load", "calibration", "pruning")
 LEGEND = (

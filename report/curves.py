@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dass.report.cells import Cell, Table, paired_difference, strictness
-from dass.report.figures import COLUMN_WIDTH, METHOD_STYLE, Style, label_styles, set_perplexity_scale
+from report.cells import Cell, Table, paired_difference, strictness
+from report.figures import COLUMN_WIDTH, METHOD_STYLE, Style, label_styles, set_perplexity_scale
 
 PANEL_HEIGHT = 1.9  # inches
 

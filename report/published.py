@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from dass.errors import DassError
-from dass.report.cells import Cell, Table
-from dass.report.grid import MISSING, Grid
-from dass.report.runs import Run
+from report.cells import Cell, Table
+from report.grid import MISSING, Grid
+from report.runs import Run
 
 DATASETS = {"wikitext2": "wikitext2-test"}  # what our evaluations are called in the publications' file
 AS_PUBLISHED = {  # the options that tell the published variant from the others of an ablation

@@ -19,9 +19,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from dass import assets
+from dass.data import assets
+from dass.data.gguf import convert
 from dass.errors import DassError
-from dass.gguf import convert
 
 TEXT = b"one line\nanother\n"
 PARTS = (("left==1.0", "left/data/text.part0"), ("right==1.0", "right/data/text.part1"))
@@ -210,7 +210,7 @@ def test_command_prints_path_and_licence(cache, index, capsys):
 
 
 def test_command_as_a_process():
-    result = subprocess.run([sys.executable, "-m", "dass.assets", "nonsense"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "dass.data.assets", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dass.calibration import calibration_tokens
+from dass.data.calibration import calibration_tokens
+from dass.data.texts import read_c4_shard, read_documents, read_tokens, read_wikitext
 from dass.errors import DassError
-from dass.texts import read_c4_shard, read_documents, read_tokens, read_wikitext
 
 
 def test_text_files(tmp_path):

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.reference import reference_walk
+from benchmarks.walk import METHODS, BlockPruner, Row, needed_forward
 from dass.pruning.walk import prune_model
-from experiments.benchmark import METHODS, BlockPruner, Row, needed_forward
-from experiments.reference_walk import reference_walk
 from tests.models import random_tokens, tiny_model
 
 

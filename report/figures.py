@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dass.records import write_atomically
-from dass.report.cells import Table, rank
+from report.cells import Table, rank
 
 
 @dataclass(frozen=True)

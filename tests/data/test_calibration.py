@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from dass.calibration import (
+from dass.data.calibration import (
     calibration_tokens,
     draw_documents,
     draw_joined,
     require_in_vocabulary,
 )
+from dass.data.texts import read_wikitext
 from dass.errors import DassError
-from dass.texts import read_wikitext
 from tests.tokenizers import tiny_tokenizer, words
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from dass.report.runs import Run, missing_text
+from report.runs import Run, missing_text
 
 METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "dass")  # the others follow by name
 WIN = 2.0  # a difference counts beyond this many standard errors of it, or more where there are few seeds

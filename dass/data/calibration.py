@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dass import assets
+from dass.data import assets
+from dass.data.texts import read_c4_shard, read_documents, read_tokens, read_wikitext
 from dass.errors import DassError
 from dass.progress import progress
 from dass.stages import release_freed_memory
-from dass.texts import read_c4_shard, read_documents, read_tokens, read_wikitext
 
 Bos = Literal["tokenizer", "per_sequence", "none"]
 """Whether sequences begin with a BOS token: where the tokenizer puts one (before each document), in each, nowhere."""

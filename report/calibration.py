@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from dass.report.cells import Table, rank
-from dass.report.curves import legend, line, panels
-from dass.report.figures import label_styles
-from dass.report.grid import MISSING, Grid, with_error
-from dass.report.runs import missing_text
-from dass.report.tables import difference_text
+from report.cells import Table, rank
+from report.curves import legend, line, panels
+from report.figures import label_styles
+from report.grid import MISSING, Grid, with_error
+from report.runs import missing_text
+from report.tables import difference_text
 
 HEADERS = ("Calibration text", "Method", "Sequences", "Seeds", "Perplexity", "sd over seeds", "Δ loss to Wanda")
 LEGEND = (

@@ -1,0 +1,1 @@
+"""Ours against the forward work, the reference, and peers."""

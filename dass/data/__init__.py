@@ -1,0 +1,1 @@
+"""Texts and tokens: sources by name, and what packages on PyPI carry."""
