@@ -6,8 +6,13 @@ import torch
 class DassError(Exception):
     """A fault in the input, told in one sentence that names the thing and says what to do.
 
-    Raised anywhere in `dass`; printed in one place only, `experiments/app.py`.
+    Raised anywhere in `dass`; printed in one place only, `experiments/app.py`, which adds the name of the setting.
     """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        """`field`: the setting at fault, such as `calibration.n_sequences`."""
+        super().__init__(message)
+        self.field = field
 
 
 def first_line(error: BaseException) -> str:

@@ -25,6 +25,8 @@ def sentence(error: BaseException) -> str:
     """An error as one line: the innermost message of a chain of Hydra's, without OmegaConf's trailing details."""
     while error.__cause__ is not None and not isinstance(error, DassError):
         error = error.__cause__
+    if isinstance(error, DassError) and error.field is not None and error.field not in str(error):
+        return f"{error} (setting: {error.field})"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines[: lines.index("Config search path:")] if "Config search path:" in lines else lines
     details = ("full_key:", "object_type=", "reference_type=", "To append to your config")
