@@ -1,43 +1,74 @@
-"""The map of a decoder block: its projections and the role of each, found by structure, not by the model's name."""
+"""The map of a decoder block: attention and one or more MLP units, each a set of views on the block's parameters.
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+Found by structure: which matrices are there, what their shapes say, and which of them stand together. The walk checks
+it by what runs through them. A layout that structure does not tell can be given as regular expressions.
+"""
 
-from torch import nn
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dass.errors import DassError
 
-ROLE_OF_NAME = {
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "o",
-}
 MLP_ROLES = ("gate", "up", "down")
-ATTENTION_ROLES = ("q", "k", "v", "o")
-INPUT_OF_ROLE = {
-    "gate": "mlp input",
-    "up": "mlp input",
-    "down": "intermediate",
-    "q": "attention input",
-    "k": "attention input",
-    "v": "attention input",
-    "o": "attention output",
-}
-"""Projections that read the same tensor share its statistics; the walk takes this from the roles."""
+ATTENTION_ROLES = ("q", "k", "v", "qkv", "o")
+ROLES = MLP_ROLES + ATTENTION_ROLES
+MIXER = re.compile(r"attn|attention|mamba|rwkv|temporal|shortconv|deltanet|^conv$", re.IGNORECASE)
+"""Names of what mixes tokens, and so is no MLP."""
+DOWN = re.compile(r"down|w2|out|4h_to_h|c_proj|fc2")
+GATE = re.compile(r"gate|w1")
+"""Names decide only between matrices of the same shape."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear layer of a block."""
+    """A view `(out_features, in_features)` of a parameter; writing into `weight` writes into the model."""
 
     name: str
-    """Its full name in the model, such as `model.layers.0.mlp.gate_proj`."""
+    """Its full name in the model: the layer's where it is the whole of one, else with the expert and the role."""
     role: str
-    linear: nn.Linear
+    module: nn.Module
+    """What owns the parameter."""
+    parameter_name: str
+    reads: str
+    """What it reads, such as `mlp input`: projections of a block that read the same tensor share its statistics."""
+    expert: int | None = None
+    """Index into the first of three dimensions."""
+    rows: slice | None = None
+    """Which of the stored output features: a half of a fused gate and up, or every other one; None: all."""
+    transposed: bool = False
+    """Whether the parameter is stored as `(in_features, out_features)`."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The whole parameter that it is a part of, without history."""
+        return getattr(self.module, self.parameter_name).detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights, `(out_features, in_features)`; shares the parameter's memory."""
+        whole = self.parameter if self.expert is None else self.parameter[self.expert]
+        weight = whole.T if self.transposed else whole
+        return weight if self.rows is None else weight[self.rows]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One MLP: what DaSS ties together. Row i of gate and up and column i of down belong to neuron i."""
+
+    name: str
+    projections: dict[str, Projection]
+    """By role: gate (where there is one), up, down."""
+    routed: bool = False
+    """Whether a router decides which tokens it sees."""
+
+    @property
+    def intermediate(self) -> str:
+        """What its down projection reads."""
+        return self.projections["down"].reads
 
 
 @dataclass(frozen=True)
@@ -47,64 +78,280 @@ class Block:
     name: str
     module: nn.Module
     mixer: nn.Module | None
-    """The one child besides the MLP that holds linear layers (self-attention); None if there is not exactly one."""
-    projections: dict[str, Projection]
-    """By role, in the order gate, up, down, q, k, v, o; a role that the block lacks is absent."""
+    """The one child that mixes tokens (self-attention); None if there is not exactly one."""
+    units: tuple[Unit, ...]
+    attention: dict[str, Projection]
+    """By role: q, k, v or qkv, and o; empty where attention is built otherwise."""
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Those of all units, then those of attention."""
+        return [p for unit in self.units for p in unit.projections.values()] + list(self.attention.values())
+
+    def unit_of(self, projection: Projection) -> Unit | None:
+        """The unit that a projection belongs to; None for attention."""
+        return next((unit for unit in self.units if unit.projections.get(projection.role) is projection), None)
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks of a language model, in order: the longest outermost list of modules that all hold a GLU MLP.
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter of a block with two or three dimensions, and where it stands."""
+
+    name: str
+    module: nn.Module
+    parameter_name: str
+    place: str
+    """The module that holds it together with others: an experts module, or the parent of a linear layer."""
+    shape: tuple[int, ...]
+    """As `(out_features, in_features)`; of three dimensions as stored."""
+    transposed: bool
+
+    def view(self, role: str, reads: str, **part: object) -> Projection:
+        """A projection on it, or on a part of it."""
+        return Projection(
+            self.name,
+            role,
+            self.module,
+            self.parameter_name,
+            reads,
+            transposed=self.transposed,
+            **part,  # type: ignore[arg-type]
+        )
+
+
+def find_blocks(model: nn.Module, projections: Mapping[str, str] | None = None) -> list[Block]:
+    """The decoder blocks of a language model, in order: the longest outermost list of modules that all hold an MLP.
+
+    Args:
+        projections: regular expressions by role (gate, up, down) for the names of an MLP's matrices inside a block,
+            where structure alone does not tell.
 
     Raises:
-        DassError: no such list; prints the lists of modules and the linear layers that were found.
+        DassError: no such list, or a matrix beside an MLP that is not understood; names what was found.
     """
+    width = _hidden_size(model)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():  # an outer module comes before what it holds
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
-    candidates = {name: blocks for name, blocks in lists.items() if len(blocks) and all(map(_has_glu, blocks))}
-    if not candidates:
+    found: dict[str, list[Block]] = {}
+    for name, modules in lists.items():
+        blocks = [_map_block(f"{name}.{i}", module, width, projections or {}) for i, module in enumerate(modules)]
+        if blocks and all(block.units for block, _ in blocks):
+            for block, unknown in blocks:
+                if unknown and not projections:
+                    raise DassError(
+                        f"{block.name} has an unknown layout: {', '.join(unknown)} stands beside the MLP that was "
+                        f"found ({', '.join(unit.name for unit in block.units[:3])}); say with `projections` which "
+                        f"matrices are gate, up and down.",
+                        field="model.projections",
+                    )
+            found[name] = [block for block, _ in blocks]
+    if not found:
         raise DassError(
-            f"{type(model).__name__} has an unknown layout: no list of blocks whose MLP has one linear layer each "
-            f"named {', '.join(n for n, r in ROLE_OF_NAME.items() if r in MLP_ROLES)}, and no other weights (such as "
-            f"experts); found {_describe(lists)}; "
-            f"use a LLaMA-, Mistral-, Gemma- or Qwen-like model or extend dass/pruning/blocks.py."
+            f"{type(model).__name__} has an unknown layout: no list of blocks that all hold an MLP (gate, up and down; "
+            f"gate and up in one; or up and down); found {_describe(lists)}; say with `projections` which matrices are "
+            f"gate, up and down, or use another model.",
+            field="model.projections",
         )
-    name = max(candidates, key=lambda name: len(candidates[name]))
-    return [_map_block(f"{name}.{index}", block) for index, block in enumerate(candidates[name])]
+    return max(found.values(), key=len)
 
 
-def _linears(module: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
+def mlp_matrices(blocks: list[Block]) -> list[Tensor]:
+    """All weights of two or three dimensions in the MLPs, each once: what shares of an MLP are reckoned on."""
+    weights = {}
+    for block in blocks:
+        for unit in block.units:
+            for p in unit.projections.values():
+                weights[id(p.module), p.parameter_name] = p.parameter
+    return list(weights.values())
 
 
-def _role(name: str) -> str | None:
-    return ROLE_OF_NAME.get(name.rpartition(".")[2])
+def _hidden_size(model: nn.Module) -> int | None:
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    texts = (config.get_text_config() for config in configs if hasattr(config, "get_text_config"))
+    return next((config.hidden_size for config in texts if hasattr(config, "hidden_size")), None)
 
 
-def _has_glu(block: nn.Module) -> bool:
-    """One gate, up and down, all in one child, whose weight matrices they are."""
-    roles = [_role(name) for name, _ in _linears(block)]
-    if not all(roles.count(role) == 1 for role in MLP_ROLES):
-        return False
-    mlps = [child for child in block.children() if any(_role(name) == "gate" for name, _ in _linears(child))]
-    matrices = [name for mlp in mlps for name, parameter in mlp.named_parameters() if parameter.ndim > 1]
-    return sorted(str(_role(name.removesuffix(".weight"))) for name in matrices) == sorted(MLP_ROLES)
+def _matrices(name: str, block: nn.Module) -> Iterator[Matrix]:
+    for path, module in block.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2 or parameter.numel() == max(parameter.shape) or key.endswith("bias"):
+                continue  # a vector, or one bias for each expert
+            layer = key == "weight"
+            place = path.rpartition(".")[0] if layer else path
+            full = ".".join(part for part in (name, path, "" if layer else key) if part)
+            transposed = isinstance(module, Conv1D)
+            shape = tuple(parameter.T.shape if transposed else parameter.shape)
+            yield Matrix(full, module, key, place, shape, transposed)
 
 
-def _map_block(name: str, block: nn.Module) -> Block:
-    by_role = {_role(n): Projection(f"{name}.{n}", str(_role(n)), linear) for n, linear in _linears(block) if _role(n)}
-    projections = {role: by_role[role] for role in MLP_ROLES + ATTENTION_ROLES if role in by_role}
-    gate, up, down = (projections[role].linear for role in MLP_ROLES)
-    if not (gate.weight.shape == up.weight.shape == down.weight.T.shape):
-        shapes = ", ".join(f"{role} {tuple(projections[role].linear.weight.shape)}" for role in MLP_ROLES)
-        raise DassError(f"The MLP of {name} is not a gated linear unit: its weights have the shapes {shapes}.")
-    others = [
-        child
-        for child in block.children()
-        if any(True for _ in _linears(child)) and not any(module is gate for module in child.modules())
+def _map_block(name: str, module: nn.Module, width: int | None, given: Mapping[str, str]) -> tuple[Block, list[str]]:
+    """A block, and the names of its matrices that are neither of an MLP nor of what mixes tokens nor of a router."""
+    mixers = _mixers(module)
+    inside: list[Matrix] = []
+    outside: list[Matrix] = []
+    for matrix in _matrices(name, module):
+        path = matrix.name.removeprefix(f"{name}.")
+        (inside if any(f"{path}.".startswith(f"{mixer}.") for mixer in mixers) else outside).append(matrix)
+    places: dict[str, list[Matrix]] = {}
+    for matrix in outside:
+        places.setdefault(matrix.place, []).append(matrix)
+    experts = {matrix.shape[0] for matrix in outside if len(matrix.shape) == 3}
+    units: list[Unit] = []
+    used: set[str] = set()
+    for place, matrices in places.items():
+        routers = [m for m in matrices if len(m.shape) == 2 and (m.shape[0] == 1 or m.shape[0] in experts)]
+        rest = [m for m in matrices if m not in routers]
+        unit_name = ".".join(part for part in (name, place) if part)
+        own = _given_unit(unit_name, rest, given) if given else _units(unit_name, rest, width)
+        if place or len(places) == 1 or given:  # linear layers of the block itself are its MLP only if nothing else is
+            units += own
+        used.update(m.name for m in (matrices if own and units and units[-1] is own[-1] else routers))
+    unknown = [f"{m.name} {m.shape}" for m in outside if m.name not in used]
+    units = [_labelled(unit, name, len(units) > 1, module) for unit in units]
+    mixer = module.get_submodule(mixers[0]) if len(mixers) == 1 else None
+    return Block(name, module, mixer, tuple(units), _attention(inside, width)), unknown
+
+
+def _mixers(block: nn.Module) -> list[str]:
+    """The names of the outermost children that mix tokens and hold weights, by their name or that of their class."""
+    found: list[str] = []
+    for path, module in block.named_modules():
+        if not path or any(path.startswith(f"{outer}.") for outer in found) or isinstance(module, nn.ModuleList):
+            continue
+        named = MIXER.search(path.rpartition(".")[2]) or MIXER.search(type(module).__name__)
+        if named and any(p.ndim > 1 for p in module.parameters()):
+            found.append(path)
+    return found
+
+
+def _units(name: str, matrices: list[Matrix], width: int | None) -> list[Unit]:
+    """The MLP that these matrices of one place make up, or one for each expert; none if they make up none."""
+    if not matrices or len({len(m.shape) for m in matrices}) != 1:
+        return []
+    if len(matrices[0].shape) == 2:
+        roles = _roles(matrices, width)
+        return [Unit(name, _views(roles))] if roles else []
+    if len({m.shape[0] for m in matrices}) != 1:
+        return []
+    for transposed in (False, True):
+        turned = [
+            replace(m, shape=(m.shape[2], m.shape[1]) if transposed else m.shape[1:], transposed=transposed)
+            for m in matrices
+        ]
+        if roles := _roles(turned, width):
+            return [Unit(f"{name}.{e}", _views(roles, e), routed=True) for e in range(matrices[0].shape[0])]
+    return []
+
+
+def _roles(matrices: list[Matrix], width: int | None) -> dict[str, Matrix] | None:
+    """Which of two or three matrices is which; a fused gate and up is both. None if their shapes are of no MLP."""
+    downs = [
+        down
+        for down in matrices
+        if (width is None or down.shape[0] == width)
+        and all(m.shape[1] == down.shape[0] for m in matrices if m is not down)
+        and (
+            all(m.shape[0] == down.shape[1] for m in matrices if m is not down)
+            or (len(matrices) == 2 and all(m.shape[0] == 2 * down.shape[1] for m in matrices if m is not down))
+        )
     ]
-    return Block(name, block, others[0] if len(others) == 1 else None, projections)
+    if not downs or len(matrices) not in (2, 3):
+        return None
+    # of several that fit, the width equals that of the intermediate activation, and the name decides
+    down = next((m for m in downs if len(downs) == 1 or DOWN.search(_leaf(m))), downs[-1])
+    first, *second = [m for m in matrices if m is not down]
+    if not second:
+        return {"up": first, "down": down} if first.shape[0] == down.shape[1] else dict(gate=first, up=first, down=down)
+    gate = next((m for m in (first, *second) if GATE.search(_leaf(m))), first)
+    return {"gate": gate, "up": next(m for m in (first, *second) if m is not gate), "down": down}
+
+
+def _views(roles: dict[str, Matrix], expert: int | None = None) -> dict[str, Projection]:
+    """The views of one MLP; a part of a parameter carries the expert and the role in its name."""
+    fused = "gate" in roles and roles["gate"] is roles["up"]
+    views = {}
+    for role, matrix in roles.items():
+        view = matrix.view(role, "intermediate" if role == "down" else "mlp input", expert=expert)
+        label = matrix.name if expert is None else f"{matrix.name}.{expert}"
+        if fused and role != "down":
+            label, half = f"{label}.{role}", matrix.shape[0] // 2
+            if getattr(matrix.module, "is_concatenated", True):  # transformers' own word for the halves' order
+                view = replace(view, rows=slice(0, half) if role == "gate" else slice(half, None))
+            else:
+                view = replace(view, rows=slice(0 if role == "gate" else 1, None, 2))
+        views[role] = replace(view, name=label)
+    return views
+
+
+def _labelled(unit: Unit, block: str, several: bool, module: nn.Module) -> Unit:
+    """The unit with inputs that no other unit of the block shares a name with, and whether a router feeds it."""
+    path = unit.name.removeprefix(block).removeprefix(".")
+    steps = path.split(".")
+    parents = [".".join(steps[:i]) for i in range(1, len(steps))]
+    listed = any(isinstance(module.get_submodule(p), nn.ModuleList) for p in parents if not unit.routed)
+    prefix = f"{path}: " if several else ""
+    views = {role: replace(p, reads=prefix + p.reads) for role, p in unit.projections.items()}
+    return Unit(unit.name, views, unit.routed or listed)
+
+
+def _given_unit(name: str, matrices: list[Matrix], given: Mapping[str, str]) -> list[Unit]:
+    """The MLP that regular expressions by role make of the matrices of one place."""
+    if unknown := set(given) - set(MLP_ROLES):
+        raise DassError(f"The role {min(unknown)} is unknown: give gate, up and down.", field="model.projections")
+    if not {"up", "down"} <= set(given):
+        raise DassError("The roles up and down are needed at least: give both.", field="model.projections")
+    found: dict[str, Matrix] = {}
+    for role in (role for role in MLP_ROLES if role in given):
+        try:
+            named = [m for m in matrices if re.search(given[role], m.name)]
+        except re.error as error:
+            raise DassError(
+                f"{given[role]} is not a regular expression ({error}): correct it.", field="model.projections"
+            ) from error
+        if len(named) > 1:
+            raise DassError(
+                f"{given[role]} names {' and '.join(m.name for m in named[:2])}: give an expression that names one.",
+                field="model.projections",
+            )
+        if named:
+            found[role] = named[0]
+    if set(found) != set(given):
+        return []
+    up, down = found["up"], found["down"]
+    rows = up.shape[0] // 2 if found.get("gate") is up else up.shape[0]
+    if not all(len(m.shape) == 2 for m in found.values()) or (rows, up.shape[1]) != (down.shape[1], down.shape[0]):
+        shapes = ", ".join(f"{role} {m.name} {m.shape}" for role, m in found.items())
+        raise DassError(
+            f"The MLP of {name} is none by its shapes: {shapes}; the outputs of up must be the inputs of down.",
+            field="model.projections",
+        )
+    return [Unit(name, _views(found))]
+
+
+def _attention(matrices: list[Matrix], width: int | None) -> dict[str, Projection]:
+    """q, k, v and o, or one qkv and o; nothing where attention has other matrices."""
+    if any(len(m.shape) != 2 for m in matrices):
+        return {}
+    roles: dict[str, Matrix] = {}
+    if len(matrices) == 2:
+        qkv, o = sorted(matrices, key=lambda m: -m.shape[0])
+        if qkv.shape[1] == o.shape[0] and qkv.shape[0] > o.shape[1]:
+            roles = {"qkv": qkv, "o": o}
+    elif len(matrices) == 4:
+        named = {re.sub(r"^[Ww]_?|_proj.*|_?lin.*", "", _leaf(m))[:1]: m for m in matrices}
+        q, k, v = (named.pop(letter, None) for letter in "qkv")
+        rest = list(named.values())
+        if q and k and v and len(rest) == 1 and q.shape[1] == k.shape[1] == v.shape[1] == rest[0].shape[0]:
+            roles = {"q": q, "k": k, "v": v, "o": rest[0]}
+    if width is not None and any(m.shape[1 if role != "o" else 0] != width for role, m in roles.items()):
+        return {}
+    return {role: m.view(role, "attention output" if role == "o" else "attention input") for role, m in roles.items()}
+
+
+def _leaf(matrix: Matrix) -> str:
+    return matrix.name.rpartition(".")[2]
 
 
 def _describe(lists: dict[str, nn.ModuleList]) -> str:

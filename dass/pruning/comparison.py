@@ -1,11 +1,11 @@
 """What several methods would do to each block of the dense model, measured in one walk that prunes nothing.
 
-The walk takes a `Comparison` in place of a `BlockPruner`. In each block every method prunes the same dense weights on
-the same dense inputs, is measured, and the dense weights are put back.
+In each block every method prunes the same dense weights on the same dense inputs, is measured, and the dense weights
+are put back.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dass.errors import DassError
-from dass.pruning.blocks import INPUT_OF_ROLE, Block, Projection
-from dass.pruning.method import BlockPruner, Pruned, Streams
-from dass.pruning.statistics import InputStream
+from dass.pruning.blocks import ROLES, Block, Projection
+from dass.pruning.method import BlockPruner, Needs
+from dass.pruning.statistics import Streams
 
 ALPHA = 0.5  # the paper's exponent of n
 
@@ -25,7 +25,7 @@ ByRole = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True)
 class NormSpread:
-    """How far apart the intermediate norms n_i = ||h_i|| of one MLP are; where they are alike, DaSS brings nothing."""
+    """How far apart the intermediate norms n_i = ||h_i|| of a block are; where they are alike, DaSS brings nothing."""
 
     cv: float | None
     """Coefficient of variation: standard deviation over mean. None where all norms are 0."""
@@ -37,7 +37,7 @@ class NormSpread:
 
 @dataclass(frozen=True)
 class BlockDiagnostics:
-    """What was measured on one block."""
+    """What was measured on one block; over all its units, where it has several."""
 
     name: str
     errors: ByRole
@@ -47,118 +47,108 @@ class BlockDiagnostics:
     norms: NormSpread
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Methods that are compared on every block; stands in for the `BlockPruner` of `prune_model`."""
+def check_comparison(pruners: Mapping[str, BlockPruner]) -> None:
+    """Raise DassError where methods cannot be compared."""
+    if len(pruners) < 2:
+        raise DassError("A comparison needs at least two methods: name them.", field="method.methods")
+    for what, found in (
+        ("pattern", {str(pruner.method.pattern) for pruner in pruners.values()}),
+        ("targets", {pruner.targets for pruner in pruners.values()}),
+    ):
+        if len(found) > 1:
+            raise DassError(
+                f"The methods to compare differ in their {what} ({', '.join(sorted(found))}): give all the same."
+            )
 
-    pruners: Mapping[str, BlockPruner]
-    """By the method's name."""
-    measured: list[BlockDiagnostics] = field(default_factory=list, init=False)
-    """Grows by one with each block of the walk."""
 
-    def __post_init__(self) -> None:
-        """Refuse methods that cannot be compared."""
-        if len(self.pruners) < 2:
-            raise DassError("A comparison needs at least two methods: name them in `method.methods`.")
-        for what, found in (
-            ("pattern", {str(pruner.method.pattern) for pruner in self.pruners.values()}),
-            ("targets", {pruner.targets for pruner in self.pruners.values()}),
-        ):
-            if len(found) > 1:
-                raise DassError(
-                    f"The methods to compare differ in their {what} ({', '.join(sorted(found))}): give all the same."
+def comparison_needs(pruners: Mapping[str, BlockPruner], block: Block) -> Needs:
+    """The Hessian of every input of a projection that is pruned, and the intermediate norms.
+
+    With the Hessian the errors are those of the calibration tokens, exactly.
+    """
+    targeted = {p.reads for p in _targets(pruners, block)}
+    readers = [p.reads for p in block.projections]
+    intermediate = {unit.intermediate for unit in block.units}
+    return {reads: reads in targeted for reads in readers if reads in targeted or reads in intermediate}
+
+
+@torch.no_grad()
+def compare_block(pruners: Mapping[str, BlockPruner], block: Block, streams: Streams) -> BlockDiagnostics:
+    """Measure every method on a block and leave its weights as they were.
+
+    Args:
+        pruners: by the name of the method.
+        streams: of `comparison_needs`.
+
+    Raises:
+        DassError: what `BlockPruner.prune` raises for one of the methods.
+    """
+    targets = _targets(pruners, block)
+    dense = {p.name: p.weight.clone() for p in targets}
+    hessians = {reads: stream.hessian() for reads, stream in streams.items() if stream.with_hessian}
+    energies: dict[str, dict[str, tuple[float, float]]] = {}
+    kept: dict[str, dict[str, Tensor]] = {}
+    for name, pruner in pruners.items():
+        try:
+            pruned = pruner.prune(block, streams)
+            energies[name] = {
+                one.projection.name: output_energies(
+                    dense[one.projection.name], one.projection.weight, hessians[one.projection.reads]
                 )
-
-    def check(self, blocks: list[Block]) -> None:
-        """Refuse a pattern that does not fit a layer; see `BlockPruner.check`."""
-        for pruner in self.pruners.values():
-            pruner.check(blocks)
-
-    def projections(self, block: Block) -> list[Projection]:
-        """The projections of a block that at least one method prunes."""
-        targets = {p.role for pruner in self.pruners.values() for p in pruner.projections(block)}
-        return [p for role, p in block.projections.items() if role in targets]
-
-    def open_streams(self, block: Block) -> Streams:
-        """Empty statistics with Hessian for every input of a projection that is pruned, and for the intermediate.
-
-        With the Hessian the errors are those of the calibration tokens, exactly.
-        """
-        targeted = {INPUT_OF_ROLE[p.role] for p in self.projections(block)}
-        readers = {INPUT_OF_ROLE[role]: p.linear.weight for role, p in block.projections.items()}
-        return {
-            source: InputStream(weight.shape[1], weight.dtype, weight.device, source in targeted)
-            for source, weight in readers.items()
-            if source in targeted or source == "intermediate"
-        }
-
-    def prune(self, block: Block, streams: Streams) -> list[Pruned]:
-        """Measure every method on a block and leave its weights as they were, so that nothing is returned as pruned.
-
-        Raises:
-            DassError: what `BlockPruner.prune` raises for one of the methods.
-        """
-        dense = {p.role: p.linear.weight.clone() for p in self.projections(block)}
-        hessians = {source: stream.hessian() for source, stream in streams.items() if stream.with_hessian}
-        errors: ByRole = {}
-        kept: dict[str, dict[str, Tensor]] = {}
-        for name, pruner in self.pruners.items():
-            try:
-                pruned = {one.projection.role: one for one in pruner.prune(block, streams)}
-                errors[name] = {
-                    role: relative_error(dense[role], one.projection.linear.weight, hessians[INPUT_OF_ROLE[role]])
-                    for role, one in pruned.items()
-                }
-                kept[name] = {role: one.mask.keep for role, one in pruned.items()}
-            finally:
-                for role, weight in dense.items():
-                    block.projections[role].linear.weight.copy_(weight)
-        overlaps: ByRole = {
-            f"{one}|{other}": {
-                role: jaccard(keep, kept[other][role]) for role, keep in kept[one].items() if role in kept[other]
+                for one in pruned
             }
-            for one, other in combinations(self.pruners, 2)
+            kept[name] = {one.projection.name: one.mask.keep for one in pruned}
+        finally:
+            for p in targets:
+                p.weight.copy_(dense[p.name])
+    errors: ByRole = {}
+    overlaps: ByRole = {}
+    for name, own in energies.items():
+        errors[name] = {}
+        for role, names in _by_role(targets, own).items():
+            errors[name][role] = _quotient(sum(own[n][0] for n in names), sum(own[n][1] for n in names))
+    for one, other in combinations(pruners, 2):
+        overlaps[f"{one}|{other}"] = {
+            role: jaccard([kept[one][n] for n in names], [kept[other][n] for n in names])
+            for role, names in _by_role(targets, kept[one].keys() & kept[other].keys()).items()
         }
-        norm = streams["intermediate"].norm()
-        self.measured.append(BlockDiagnostics(block.name, errors, overlaps, norm_spread(block, norm)))
-        return []
-
-    def as_dict(self) -> dict[str, Any]:
-        """All measurements for a record: lists over the blocks, None where there is no number.
-
-        `{"errors": {method: {role: [...]}}, "jaccard": {"one|other": {role: [...]}}, "norms": {"cv": [...], ...}}`
-        """
-        norms = [asdict(block.norms) for block in self.measured]
-        return {
-            "errors": _over_depth([block.errors for block in self.measured]),
-            "jaccard": _over_depth([block.jaccard for block in self.measured]),
-            "norms": {name: [one[name] for one in norms] for name in NormSpread.__dataclass_fields__},
-        }
+    return BlockDiagnostics(block.name, errors, overlaps, norm_spread(block, streams))
 
 
-def relative_error(dense: Tensor, pruned: Tensor, hessian: Tensor) -> float | None:
-    """||X W^T - X W'^T||_F^2 / ||X W^T||_F^2 = tr(D H D^T) / tr(W H W^T) with D = W - W', H = X^T X up to a factor.
+def diagnostics(measured: list[BlockDiagnostics]) -> dict[str, Any]:
+    """All measurements for a record: lists over the blocks, None where there is no number.
+
+    `{"errors": {method: {role: [...]}}, "jaccard": {"one|other": {role: [...]}}, "norms": {"cv": [...], ...}}`
+    """
+    norms = [asdict(block.norms) for block in measured]
+    return {
+        "errors": _over_depth([block.errors for block in measured]),
+        "jaccard": _over_depth([block.jaccard for block in measured]),
+        "norms": {name: [one[name] for one in norms] for name in NormSpread.__dataclass_fields__},
+    }
+
+
+def output_energies(dense: Tensor, pruned: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """||X D^T||_F^2 = tr(D H D^T) of the difference D = W - W', and the same of W; up to a factor in H = X^T X.
 
     Args:
         dense: W, `(out_features, in_features)`.
         pruned: W', of the same shape.
-        hessian: `(in_features, in_features)`, fp32 or fp64; the error is computed in its dtype.
-
-    Returns:
-        The error, or None where the dense output is 0.
+        hessian: `(in_features, in_features)`, fp32 or fp64; reckoned in its dtype.
     """
-    energies = []
-    for weight in (dense.to(hessian.dtype) - pruned.to(hessian.dtype), dense.to(hessian.dtype)):
-        energies.append(((weight @ hessian) * weight).sum(dtype=torch.float64).item())
-    return _quotient(*energies)
+    difference, whole = dense.to(hessian.dtype) - pruned.to(hessian.dtype), dense.to(hessian.dtype)
+    energies = [((w @ hessian) * w).sum(dtype=torch.float64).item() for w in (difference, whole)]
+    return energies[0], energies[1]
 
 
-def jaccard(one: Tensor, other: Tensor) -> float:
-    """The weights that both masks keep, over those that at least one keeps; bool, of the same shape.
+def jaccard(one: list[Tensor], other: list[Tensor]) -> float:
+    """The weights that both masks keep, over those that at least one keeps; bool, in pairs of the same shape.
 
     Two random masks that keep a share k have k / (2 - k): a third for a half.
     """
-    return ((one & other).sum() / (one | other).sum()).item()
+    both = sum((a & b).sum() for a, b in zip(one, other, strict=True))
+    either = sum((a | b).sum() for a, b in zip(one, other, strict=True))
+    return (both / either).item()
 
 
 def reordered_share(weight: Tensor, norm: Tensor, alpha: float = ALPHA) -> float:
@@ -176,15 +166,36 @@ def reordered_share(weight: Tensor, norm: Tensor, alpha: float = ALPHA) -> float
     return (importance.diff(dim=0).sign() * weighted.diff(dim=0).sign() < 0).double().mean().item()
 
 
-def norm_spread(block: Block, norm: Tensor) -> NormSpread:
-    """How far apart the intermediate norms n `(f,)` of a block are, and what that does to its weights."""
+def norm_spread(block: Block, streams: Streams) -> NormSpread:
+    """How far apart the intermediate norms n of a block are, and what that does to its weights."""
+    norms = {unit.name: streams[unit.intermediate].norm() for unit in block.units}
+    norm = torch.cat(list(norms.values()))
     p10, p90 = torch.quantile(norm, norm.new_tensor([0.1, 0.9])).tolist()
-    shares = [reordered_share(block.projections[role].linear.weight, norm) for role in ("gate", "up")]
+    shares = [
+        reordered_share(p.weight, norms[unit.name])
+        for unit in block.units
+        for role, p in unit.projections.items()
+        if role != "down"
+    ]
     return NormSpread(
         cv=_quotient(norm.std(correction=0).item(), norm.mean().item()),
         p90_p10=_quotient(p90, p10),
         reordered=sum(shares) / len(shares),
     )
+
+
+def _targets(pruners: Mapping[str, BlockPruner], block: Block) -> list[Projection]:
+    """The projections of a block that at least one method prunes."""
+    names = {p.name for pruner in pruners.values() for p in pruner.projections(block)}
+    return [p for p in block.projections if p.name in names]
+
+
+def _by_role(projections: list[Projection], names: Collection[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for p in projections:
+        if p.name in names:
+            found.setdefault(p.role, []).append(p.name)
+    return found
 
 
 def _quotient(numerator: float, denominator: float) -> float | None:
@@ -198,7 +209,7 @@ def _over_depth(blocks: list[ByRole]) -> dict[str, dict[str, list[float | None]]
     return {
         name: {
             role: [block[name].get(role) for block in blocks]
-            for role in INPUT_OF_ROLE
+            for role in ROLES
             if any(role in block[name] for block in blocks)
         }
         for name in names

@@ -1,22 +1,24 @@
-"""A pruning method as four values, criterion x group axis x pattern x update, and how it prunes one block."""
+"""A pruning method: criterion x group axis x pattern x update, and how it prunes one block."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dass.errors import DassError, require_finite
-from dass.pruning.blocks import INPUT_OF_ROLE, MLP_ROLES, Block, Projection
-from dass.pruning.criteria import Criterion, find_criterion
+from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, ROLES, Block, Projection
+from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import AXES, NM, Axis, Mask, Pattern, keep_most_important, select_mask
-from dass.pruning.statistics import DampedInverse, InputStream, Statistics, damped_inverse
-from dass.pruning.update import obs_sweep
+from dass.pruning.registry import Entry, Value
+from dass.pruning.statistics import Statistics, Streams
+from dass.pruning.update import UPDATES, Choose, Rows
 
-Streams = dict[str, InputStream]
-"""The statistics of a block's inputs, by the names in `INPUT_OF_ROLE`."""
+Needs = dict[str, bool]
+"""What a method must see in a block, by what is read (`Projection.reads`): whether with its Hessian."""
 
 
 @dataclass(frozen=True)
@@ -28,57 +30,60 @@ class Method:
     axis: Mapping[str, Axis]
     """The group axis of each role; a role that is absent is pruned by Wanda's rule (wanda along `in`)."""
     pattern: Pattern
-    update: Literal["none", "obs"] = "none"
-    parameters: Mapping[str, float] = field(default_factory=dict)
-    """The criterion's own, such as DaSS's alpha."""
-    damping: float = 0.01
-    """For the OBS solver and score: the share of the Hessian's mean diagonal that is added to it."""
-    block_size: int = 128
-    """Columns of SparseGPT's unstructured comparison groups."""
+    update: str = "none"
+    """A name in `UPDATES`."""
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    """Those of the criterion and of the update, such as DaSS's alpha; one that both have is given to both."""
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, with the reason."""
-        known = find_criterion(self.criterion).parameters()
+        entries = (CRITERIA.find(self.criterion), UPDATES.find(self.update))
+        known = self.all_parameters()
         for name, value in self.parameters.items():
-            if name not in known:
+            owner = next((entry for entry in entries if name in entry.parameters()), None)
+            if owner is None:
                 raise DassError(
-                    f"The criterion {self.criterion} has no parameter `{name}` (it has: {', '.join(known) or 'none'}): "
-                    f"remove `method.{name}`."
+                    f"The criterion {self.criterion} with the update {self.update} has no parameter `{name}` (it has: "
+                    f"{', '.join(known) or 'none'}): remove it.",
+                    field=f"method.{name}",
                 )
-            if not 0 <= value < float("inf"):
-                raise DassError(f"method.{name}={value} must be a finite number of at least 0.")
+            owner.checked(name, value)
         for role, axis in self.axis.items():
-            if role not in INPUT_OF_ROLE or axis not in AXES:
+            if role not in ROLES or axis not in AXES:
                 raise DassError(
-                    f"method.axis.{role}={axis} is unknown: roles are {', '.join(INPUT_OF_ROLE)}, "
-                    f"axes are {', '.join(AXES)}."
+                    f"The axis {role}={axis} is unknown: roles are {', '.join(ROLES)}, axes are {', '.join(AXES)}.",
+                    field=f"method.axis.{role}",
                 )
-        if self.update not in ("none", "obs"):
-            raise DassError(f"method.update={self.update} is unknown: choose none or obs.")
-        if not self.damping > 0:
-            raise DassError(f"method.damping={self.damping} must be above 0: it makes the Hessian invertible.")
-        if self.block_size < 1:
-            raise DassError(f"method.block_size={self.block_size} must be at least 1.")
 
-    def criterion_for(self, role: str) -> Criterion:
+    def _owner(self, role: str) -> str | None:
+        """The role whose axis this one has: a fused qkv is pruned as q."""
+        return next((r for r in (role, "q" if role == "qkv" else role) if r in self.axis), None)
+
+    def criterion_for(self, role: str) -> Entry:
         """The equation that scores a projection of this role."""
-        return find_criterion(self.criterion if role in self.axis else "wanda")
+        return CRITERIA.find(self.criterion if self._owner(role) else "wanda")
 
     def axis_for(self, role: str) -> Axis:
         """The axis along which the weights of a projection of this role compete."""
-        return self.axis.get(role, "in")
+        owner = self._owner(role)
+        return self.axis[owner] if owner else "in"
 
-    def all_parameters(self) -> dict[str, float]:
-        """The criterion's parameters, defaults included."""
-        return find_criterion(self.criterion).parameters() | dict(self.parameters)
+    def all_parameters(self) -> dict[str, Value]:
+        """The parameters of criterion and update, defaults included."""
+        defaults = CRITERIA.find(self.criterion).parameters() | UPDATES.find(self.update).parameters()
+        return defaults | dict(self.parameters)
+
+    def parameters_of(self, entry: Entry) -> dict[str, Value]:
+        """The parameters that one of them is called with."""
+        return {n: entry.checked(n, v) for n, v in self.all_parameters().items() if n in entry.parameters()}
 
     def needs_for(self, role: str) -> set[str]:
         """The fields of `Statistics` that criterion and update read for a projection of this role."""
-        return set(self.criterion_for(role).needs_for(role)) | ({"inverse_factor"} if self.update == "obs" else set())
+        return self.criterion_for(role).needs_for(role) | UPDATES.find(self.update).needs_for(role)
 
     def chooses_while_sweeping(self, role: str) -> bool:
         """Whether the mask comes out of the OBS sweep itself instead of being fixed before it."""
-        return self.update == "obs" and self.criterion_for(role) is find_criterion("obs")
+        return self.update == "obs" and self.criterion_for(role) is CRITERIA.find("obs")
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class BlockPruner:
-    """A method with the choice of projections: what the walk applies to each block."""
+    """A method with the choice of projections: what is done to each block."""
 
     method: Method
     targets: Literal["mlp", "all"] = "mlp"
@@ -104,18 +109,27 @@ class BlockPruner:
     def __post_init__(self) -> None:
         """Refuse unknown targets and broken regular expressions."""
         if self.targets not in ("mlp", "all"):
-            raise DassError(f"targets={self.targets} is unknown: choose mlp or all.")
+            raise DassError(f"targets={self.targets} is unknown: choose mlp or all.", field="targets")
         try:
             re.compile(self.exclude or "")
         except re.error as error:
-            raise DassError(f"exclude={self.exclude} is not a regular expression ({error}): correct it.") from error
+            raise DassError(
+                f"exclude={self.exclude} is not a regular expression ({error}): correct it.", field="exclude"
+            ) from error
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that may be pruned."""
+        return MLP_ROLES if self.targets == "mlp" else MLP_ROLES + ATTENTION_ROLES
 
     def projections(self, block: Block) -> list[Projection]:
         """The projections of a block that are pruned."""
-        if self.targets == "all" and (missing := [role for role in INPUT_OF_ROLE if role not in block.projections]):
-            raise DassError(f"targets=all: {block.name} has no projection in the role {', '.join(missing)}; use mlp.")
-        roles = MLP_ROLES if self.targets == "mlp" else tuple(INPUT_OF_ROLE)
-        chosen = [block.projections[role] for role in roles]
+        if self.targets == "all" and not block.attention:
+            raise DassError(
+                f"targets=all: the attention of {block.name} is not made of q, k, v (or one qkv) and o: use mlp.",
+                field="targets",
+            )
+        chosen = [p for p in block.projections if p.role in self.roles]
         return [p for p in chosen if not (self.exclude and re.search(self.exclude, p.name))]
 
     def check(self, blocks: list[Block]) -> None:
@@ -126,31 +140,29 @@ class BlockPruner:
         """
         projections = [p for block in blocks for p in self.projections(block)]
         if not projections:
-            raise DassError(f"exclude={self.exclude} leaves nothing to prune: narrow the expression.")
+            raise DassError(f"exclude={self.exclude} leaves nothing to prune: narrow it.", field="exclude")
         for p in projections:
-            width = p.linear.weight.shape[0 if self.method.axis_for(p.role) == "out" else 1]
+            width = p.weight.shape[0 if self.method.axis_for(p.role) == "out" else 1]
             if isinstance(self.method.pattern, NM) and width % self.method.pattern.m:
                 raise DassError(
                     f"{p.name} is {width} wide along '{self.method.axis_for(p.role)}', which M={self.method.pattern.m} "
-                    f"does not divide: choose another pattern or leave the layer out with `exclude`."
+                    f"does not divide: choose another pattern or leave the layer out with `exclude`.",
+                    field="sparsity",
                 )
 
-    def open_streams(self, block: Block) -> Streams:
-        """Empty statistics for every input that the method needs to see in this block."""
-        hessian_of: dict[str, bool] = {}
+    def needs(self, block: Block) -> Needs:
+        """What must be seen in this block."""
+        found: Needs = {}
         for p in self.projections(block):
             needs = self.method.needs_for(p.role)
             if own := needs - {"intermediate_norm"}:
-                source = INPUT_OF_ROLE[p.role]
-                hessian_of[source] = hessian_of.get(source, False) or "inverse_factor" in own
-            if "intermediate_norm" in needs:
-                hessian_of.setdefault("intermediate", False)
-        readers = {INPUT_OF_ROLE[role]: p.linear.weight for role, p in block.projections.items()}
-        return {
-            source: InputStream(readers[source].shape[1], readers[source].dtype, readers[source].device, with_hessian)
-            for source, with_hessian in hessian_of.items()
-        }
+                found[p.reads] = found.get(p.reads, False) or "hessian" in own
+            unit = block.unit_of(p)
+            if "intermediate_norm" in needs and unit is not None:
+                found.setdefault(unit.intermediate, False)
+        return found
 
+    @torch.no_grad()
     def prune(self, block: Block, streams: Streams) -> list[Pruned]:
         """Choose the masks of a block and set its weights, those of one input together.
 
@@ -160,96 +172,71 @@ class BlockPruner:
         """
         by_input: dict[str, list[Projection]] = {}
         for p in self.projections(block):
-            by_input.setdefault(INPUT_OF_ROLE[p.role], []).append(p)
-        return [pruned for source, group in by_input.items() for pruned in self._prune_group(source, group, streams)]
+            by_input.setdefault(p.reads, []).append(p)
+        return [pruned for group in by_input.values() for pruned in self._prune_group(block, group, streams)]
 
-    def _prune_group(self, source: str, group: list[Projection], streams: Streams) -> list[Pruned]:
+    def _prune_group(self, block: Block, group: list[Projection], streams: Streams) -> list[Pruned]:
         """Prune the projections that read one input; they share its statistics and its factorisation."""
-        stream = streams.get(source)
+        method, update = self.method, UPDATES.find(self.method.update)
         names = " and ".join(p.name for p in group)
-        for name, one in streams.items():
-            require_finite(one.norm(), f"The calibration statistics of {names} ({name})")
-        inverse = None
-        # the stream may hold a Hessian for another method's sake
-        if stream is not None and any("inverse_factor" in self.method.needs_for(p.role) for p in group):
-            inverse = damped_inverse(stream.hessian(), self.method.damping, names)
-        statistics = Statistics(
-            input_norm=stream.norm() if stream is not None else None,
-            intermediate_norm=streams["intermediate"].norm() if "intermediate" in streams else None,
-            inverse_factor=inverse.factor if inverse else None,
-        )
-        weights = {p.name: _accumulable(p.linear.weight) for p in group}
-        for name, weight in weights.items():
-            require_finite(weight, f"The weights of {name}")
-        masks = {
-            p.name: select_mask(
-                self._importance(weights[p.name], p.role, statistics),
-                self.method.pattern,
-                self.method.axis_for(p.role),
-                p.name,
-            )
-            for p in group
-            if not self.method.chooses_while_sweeping(p.role)
-        }
-        if self.method.update == "none":
-            for p in group:
-                p.linear.weight.masked_fill_(~masks[p.name].keep, 0)
-        else:
-            assert inverse is not None
-            masks = self._repair(group, weights, masks, inverse)
+        statistics = self._statistics(block, group, streams, names)
+        rows = []
+        for p in group:
+            weight = _accumulable(p.weight)
+            require_finite(weight, f"The weights of {p.name}")
+            own = statistics.only(method.criterion_for(p.role).needs_for(p.role))
+            score = partial(self._importance, role=p.role)
+            mask = None
+            if not method.chooses_while_sweeping(p.role):
+                mask = select_mask(score(weight, statistics=own), method.pattern, method.axis_for(p.role), p.name)
+            choose = _choice(method, score, own, p.role)
+            rows.append(Rows(p.name, weight, method.pattern, method.axis_for(p.role), mask, choose))
+        needs = {name for p in group for name in update.needs_for(p.role)}
+        result = update.function(rows, statistics.only(needs), **method.parameters_of(update))
+        inverse = next(iter(statistics.inverses.values()), None)
         damping = (inverse.damping, inverse.attempts) if inverse else (None, None)
-        return [Pruned(p, masks[p.name], *damping) for p in group]
+        for p, (weight, _) in zip(group, result, strict=True):
+            p.weight.copy_(weight)
+            require_finite(p.weight, f"The updated weights of {p.name}")
+        return [Pruned(p, mask, *damping) for p, (_, mask) in zip(group, result, strict=True)]
 
-    def _repair(
-        self, group: list[Projection], weights: dict[str, Tensor], masks: dict[str, Mask], inverse: DampedInverse
-    ) -> dict[str, Mask]:
-        """One OBS sweep over the stacked rows of all projections of one input; sets the weights, returns the masks."""
-        pattern, sizes = self.method.pattern, [len(weights[p.name]) for p in group]
-        stacked = torch.cat([weights[p.name] for p in group])
-        stacked[:, inverse.dead] = 0
-
-        # N:M along the inputs looks at one row at a time, so all rows of the stack can be looked at together
-        row_by_row = isinstance(pattern, NM) and all(
-            p.name not in masks and self.method.axis_for(p.role) != "out" for p in group
+    def _statistics(self, block: Block, group: list[Projection], streams: Streams, names: str) -> Statistics:
+        """What the group's method may ask for."""
+        stream, unit = streams.get(group[0].reads), block.unit_of(group[0])
+        seen = unit is not None and unit.intermediate in streams
+        needs = {name for p in group for name in self.method.needs_for(p.role)}
+        statistics = Statistics(
+            input_norm=stream.norm() if stream else None,
+            intermediate_norm=streams[unit.intermediate].norm() if unit and seen else None,
+            # the stream may hold a Hessian for another method's sake
+            hessian=stream.hessian if stream and "hessian" in needs else None,  # type: ignore[arg-type]
+            name=names,
         )
+        for name in ("input_norm", "intermediate_norm"):
+            if statistics.has(name):
+                require_finite(getattr(statistics, name), f"The calibration statistics of {names} ({name})")
+        return statistics
 
-        def choose(columns: slice, weight: Tensor) -> Tensor:
-            statistics = Statistics(inverse_factor=inverse.factor[columns, columns])
-            if row_by_row:
-                return keep_most_important(self._importance(weight, group[0].role, statistics), pattern, "in")
-            return torch.cat(
-                [
-                    masks[p.name].keep[:, columns]
-                    if p.name in masks
-                    else keep_most_important(
-                        self._importance(rows, p.role, statistics), pattern, self.method.axis_for(p.role)
-                    )
-                    for p, rows in zip(group, weight.split(sizes), strict=True)
-                ]
-            )
-
-        choose_every = pattern.m if isinstance(pattern, NM) else self.method.block_size
-        new, keep = obs_sweep(stacked, inverse.factor, choose, choose_every)
-        for p, new_rows, keep_rows in zip(group, new.split(sizes), keep.split(sizes), strict=True):
-            p.linear.weight.copy_(new_rows)
-            require_finite(p.linear.weight, f"The updated weights of {p.name}")
-            axis = self.method.axis_for(p.role)
-            if isinstance(pattern, NM):
-                swept = Mask(keep_rows, pattern, "in" if axis == "layer" else axis)
-            else:
-                swept = Mask(keep_rows, pattern, axis, column_block=choose_every)
-            masks.setdefault(p.name, swept)
-        return masks
-
-    def _importance(self, weight: Tensor, role: str, statistics: Statistics) -> Tensor:
-        parameters = self.method.parameters if role in self.method.axis else {}
-        scores = self.method.criterion_for(role).importance(weight, role, statistics, **parameters)
+    def _importance(self, weight: Tensor, statistics: Statistics, role: str) -> Tensor:
+        entry = self.method.criterion_for(role)
+        parameters = self.method.parameters_of(entry) if self.method._owner(role) else {}
+        scores = entry.function(weight, role, statistics, **parameters)
         if scores.shape != weight.shape:
             raise DassError(
                 f"The criterion {self.method.criterion} gives scores {tuple(scores.shape)} for a weight "
                 f"{tuple(weight.shape)}: it must return one score for each weight."
             )
         return scores
+
+
+def _choice(method: Method, score: Callable[..., Tensor], statistics: Statistics, role: str) -> Choose:
+    """Which of some columns' weights to keep, as they stand while an update sweeps over them."""
+
+    def choose(columns: slice, weight: Tensor) -> Tensor:
+        scores = score(weight, statistics=statistics.columns(columns))
+        return keep_most_important(scores, method.pattern, method.axis_for(role))
+
+    return choose
 
 
 def _accumulable(weight: Tensor) -> Tensor:

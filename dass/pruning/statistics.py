@@ -3,7 +3,9 @@
 Activations are in the model's dtype; everything here is accumulated in fp32 (fp64 for an fp64 model).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +14,6 @@ from dass.errors import DassError, require_finite
 
 HESSIAN_BLOCK = 256  # features; smaller blocks save more of the product's lower half, larger ones multiply faster
 DAMPING_ATTEMPTS = 4  # 1 %, 10 %, 100 % and 1000 % of the mean diagonal
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a criterion may ask for about one projection with weight `(out_features, in_features)`.
-
-    Only what the criterion names in its needs is filled in; the rest is None.
-    """
-
-    input_norm: Tensor | None = None
-    """||x_j||_2 of every input feature over all calibration tokens, `(in_features,)`."""
-    intermediate_norm: Tensor | None = None
-    """n_i = ||h_i||_2 of every intermediate neuron of the block's MLP (= input of its down projection), `(f,)`."""
-    inverse_factor: Tensor | None = None
-    """U, upper triangular with U^T U = (H + damping)^-1, H the Hessian, `(in_features, in_features)`."""
 
 
 class InputStream:
@@ -41,10 +28,10 @@ class InputStream:
         self._products = torch.zeros(shape, dtype=self.dtype, device=device)
         self.n_tokens = self.n_sequences = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add the activations of a batch, `(batch, seq_len, features)`."""
+    def add(self, x: Tensor, n_sequences: int) -> None:
+        """Add the activations `(..., features)` of a batch of so many sequences."""
         self.n_tokens += x.shape[:-1].numel()
-        self.n_sequences += len(x)
+        self.n_sequences += n_sequences
         x = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
         if not self.with_hessian:
             self._products += x.square().sum(0)
@@ -66,6 +53,10 @@ class InputStream:
         return (self._products.triu() + self._products.triu(1).T) * (2 / max(self.n_sequences, 1))
 
 
+Streams = dict[str, InputStream]
+"""The statistics of a block's inputs, by what its projections read (`Projection.reads`)."""
+
+
 @dataclass(frozen=True)
 class DampedInverse:
     """The Cholesky factor of a damped inverse Hessian, and what it took to get it."""
@@ -77,6 +68,67 @@ class DampedInverse:
     damping: float
     """The share of the mean diagonal that was added."""
     attempts: int
+
+
+STATISTICS = ("input_norm", "intermediate_norm", "hessian")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a criterion or an update may ask for about one projection with weight `(out_features, in_features)`.
+
+    Only what it names in its needs is there; reading anything else is an error.
+    """
+
+    input_norm: Tensor = None
+    """||x_j||_2 of every input feature over all calibration tokens, `(in_features,)`."""
+    intermediate_norm: Tensor = None
+    """n_i = ||h_i||_2 of every neuron of its MLP (= input of the down projection), `(f,)`; of gate, up and down."""
+    hessian: Callable[[], Tensor] = None  # type: ignore[assignment]
+    """Makes H = 2 / n_sequences * X^T X, `(in_features, in_features)`: large, so that nobody keeps it."""
+    name: str = "a layer"
+    """The layer's, for errors."""
+    inverses: dict[float, DampedInverse] = field(default_factory=dict)
+    """Those reckoned so far, by their damping: criterion and update share them."""
+
+    def __getattribute__(self, name: str) -> Any:
+        """Refuse to read a statistic that is not there."""
+        value = object.__getattribute__(self, name)
+        if value is None and name in STATISTICS:
+            raise DassError(
+                f"The statistic `{name}` of {self.name} is read but not declared: name it where the criterion or "
+                f"update is registered (intermediate_norm is there for gate, up and down only)."
+            )
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether a statistic is there."""
+        return object.__getattribute__(self, name) is not None
+
+    def only(self, needs: set[str]) -> "Statistics":
+        """The same with no more than these fields."""
+        kept: dict[str, Any] = {n: object.__getattribute__(self, n) if n in needs else None for n in STATISTICS}
+        return Statistics(**kept, name=self.name, inverses=self.inverses)
+
+    def inverse(self, damping: float) -> DampedInverse:
+        """The factor of the inverse Hessian with this damping; reckoned once."""
+        if damping not in self.inverses:
+            self.inverses[damping] = damped_inverse(self.hessian(), damping, self.name)
+        return self.inverses[damping]
+
+    def columns(self, columns: slice) -> "Statistics":
+        """The statistics of some of the input features; the factors of the inverse are cut, not reckoned anew."""
+        inverses = {
+            damping: replace(one, factor=one.factor[columns, columns], dead=one.dead[columns])
+            for damping, one in self.inverses.items()
+        }
+        return Statistics(
+            input_norm=self.input_norm[columns] if self.has("input_norm") else None,
+            intermediate_norm=object.__getattribute__(self, "intermediate_norm"),
+            hessian=(lambda: self.hessian()[columns, columns]) if self.has("hessian") else None,  # type: ignore[arg-type]
+            name=self.name,
+            inverses=inverses,
+        )
 
 
 def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
@@ -105,6 +157,7 @@ def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
         if torch.isfinite(factor).all():
             return DampedInverse(factor, dead, share, attempt + 1)
     raise DassError(
-        f"The Hessian of {name} is not positive definite even with {share:.0%} damping: "
-        f"use more calibration tokens or raise `method.damping`."
+        f"The Hessian of {name} is not positive definite even with {share:.0%} damping: use more calibration tokens or "
+        f"a larger damping.",
+        field="method.damping",
     )

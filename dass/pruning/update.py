@@ -1,15 +1,88 @@
-"""The OBS solver: what the surviving weights become when others are pruned (SparseGPT, arXiv 2301.00774)."""
+"""Updates: what the surviving weights become when others are pruned.
+
+An update is a function of `(group, statistics)`: the projections that read one input, and what is known of that input.
+It returns the new weights and the mask of each. Add one by decorating a function with `@update`, and name it in a file
+in `conf/method`; nothing else.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dass.pruning.masks import NM, Axis, Mask, Pattern
+from dass.pruning.registry import Registry
+from dass.pruning.statistics import Statistics
 
 LAZY = 16
 """Columns per block: corrections reach the columns behind a block in one product when it is done."""
 
 Choose = Callable[[slice, Tensor], Tensor]
 """`choose(columns, weight)`: which of these columns' weights `(out_features, len)` to keep, as they stand by now."""
+UPDATES = Registry("update", leading=2)
+update = UPDATES.register
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One projection on its way through an update."""
+
+    name: str
+    weight: Tensor
+    """The dense weights, `(out_features, in_features)`, fp32 or fp64; not to be changed in place."""
+    pattern: Pattern
+    axis: Axis
+    mask: Mask | None
+    """Which weights are kept; None where the update is to choose, from the weights that it has updated by then."""
+    choose: Choose
+    """How to choose then."""
+
+
+@update()
+def none(group: list[Rows], statistics: Statistics) -> list[tuple[Tensor, Mask]]:
+    """W'_ij = W_ij where kept, else 0."""
+    return [(rows.weight.masked_fill(~rows.mask.keep, 0), rows.mask) for rows in group if rows.mask is not None]
+
+
+@update("hessian", positive=("damping", "block_size"))
+def obs(
+    group: list[Rows], statistics: Statistics, damping: float = 0.01, block_size: int = 128
+) -> list[tuple[Tensor, Mask]]:
+    """W'_:j = W_:j - e U_ij / U_ii for each pruned column i < j, e its error (SparseGPT, arXiv 2301.00774).
+
+    One sweep over the stacked rows of all projections that read the input.
+
+    damping: the share of the Hessian's mean diagonal that is added to it.
+    block_size: columns of an unstructured comparison group that is chosen while sweeping.
+    """
+    inverse = statistics.inverse(damping)
+    pattern, sizes = group[0].pattern, [len(rows.weight) for rows in group]
+    stacked = torch.cat([rows.weight for rows in group])
+    stacked[:, inverse.dead] = 0
+    # N:M along the inputs looks at one row at a time, so all rows of the stack can be looked at together
+    row_by_row = isinstance(pattern, NM) and all(rows.mask is None and rows.axis != "out" for rows in group)
+
+    def choose(columns: slice, weight: Tensor) -> Tensor:
+        if row_by_row:
+            return group[0].choose(columns, weight)
+        return torch.cat(
+            [
+                rows.mask.keep[:, columns] if rows.mask else rows.choose(columns, part)
+                for rows, part in zip(group, weight.split(sizes), strict=True)
+            ]
+        )
+
+    choose_every = pattern.m if isinstance(pattern, NM) else block_size
+    new, keep = obs_sweep(stacked, inverse.factor, choose, choose_every)
+    result = []
+    for rows, weight, kept in zip(group, new.split(sizes), keep.split(sizes), strict=True):
+        if isinstance(pattern, NM):
+            swept = Mask(kept, pattern, "in" if rows.axis == "layer" else rows.axis)
+        else:
+            swept = Mask(kept, pattern, rows.axis, column_block=choose_every)
+        result.append((weight, rows.mask or swept))
+    return result
 
 
 def obs_sweep(weight: Tensor, factor: Tensor, choose: Choose, choose_every: int) -> tuple[Tensor, Tensor]:

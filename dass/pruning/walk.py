@@ -1,14 +1,16 @@
-"""The walk over the decoder blocks: statistics with dense weights, prune, run the pruned block for the next one.
+"""The walk over the decoder blocks: statistics with dense weights, then the pruned block is run for the next one.
 
-It knows the blocks in order, the activations that enter the current one, and the function that prunes a block.
+    for step in walk(model, input_ids, pruner.needs):
+        pruner.prune(step.block, step.streams)
+
+It knows the blocks in order and the activations that enter the current one; what is done to a block is its caller's.
 Every block is run by its own forward, with the keyword arguments that the model's own forward gave it.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +18,14 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
-from dass.pruning.blocks import INPUT_OF_ROLE, Block, Projection, find_blocks
-from dass.pruning.method import Pruned, Streams
+from dass.pruning.blocks import Block, Projection, Unit, find_blocks
+from dass.pruning.masks import Mask
+from dass.pruning.method import BlockPruner, Needs
+from dass.pruning.products import Stop, Watch, extent_of
+from dass.pruning.statistics import InputStream, Streams
 
-
-class Pruner(Protocol):
-    """What the walk asks of a method, or of several that are compared."""
-
-    def check(self, blocks: list[Block]) -> None:
-        """Refuse what does not fit these blocks."""
-
-    def projections(self, block: Block) -> list[Projection]:
-        """The projections of a block that may change."""
-
-    def open_streams(self, block: Block) -> Streams:
-        """Empty statistics for every input that must be seen in this block."""
-
-    def prune(self, block: Block, streams: Streams) -> list[Pruned]:
-        """Set the weights of a block, and say what was done to which projection."""
+EXPERT_TOKENS = 32
+"""So many tokens an expert must have seen where only norms are needed; for a Hessian, one for each input feature."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class Call:
     def __call__(self, block: Block, hidden: Tensor) -> Tensor:
         """Run the block on hidden states `(batch, seq_len, d)`."""
         output = block.module(hidden, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 @dataclass
@@ -60,58 +52,115 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class FinishedBlock:
-    """What a callback sees after each block."""
+class Step:
+    """One block, dense, with its statistics."""
 
     index: int
     block: Block
-    pruned: list[Pruned]
-    seconds: float
+    streams: Streams
+    rare: dict[str, int]
+    """Experts that saw too few tokens and were given all of the block's instead: how many they saw."""
+
+
+@torch.no_grad()
+def walk(
+    model: PreTrainedModel,
+    input_ids: Tensor | None,
+    needs: Callable[[Block], Needs],
+    batch_size: int = 1,
+    min_expert_tokens: int | None = None,
+    projections: Mapping[str, str] | None = None,
+) -> Iterator[Step]:
+    """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
+
+    Args:
+        model: any decoder that `find_blocks` understands, on one device.
+        input_ids: calibration tokens, `(n_sequences, seq_len)` int64; None is enough where nothing is needed.
+        needs: what must be seen in a block, such as `BlockPruner.needs`.
+        batch_size: sequences per forward.
+        min_expert_tokens: an expert that saw fewer is judged by all tokens of the block, run through it; None: see
+            `EXPERT_TOKENS`.
+        projections: see `find_blocks`.
+
+    Raises:
+        DassError: unknown layout, missing calibration, activations that are not finite.
+    """
+    blocks = find_blocks(model, projections)
+    wanted = any(map(needs, blocks))
+    if not wanted:
+        activations = None
+    elif input_ids is None:
+        raise DassError("This method needs calibration tokens: choose a calibration.", field="calibration")
+    else:
+        activations = enter_first_block(model, blocks, input_ids, batch_size)
+    with eager_experts(model):
+        for index, block in enumerate(blocks):
+            streams = open_streams(block, needs(block))
+            rare: dict[str, int] = {}
+            mixed = None
+            if activations is not None and streams:
+                # where attention is to be pruned, its dense outputs are of no use later
+                mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
+                calls = list(_each(activations, index))
+                mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in calls]
+                rare = _require_enough_tokens(block, streams, activations, min_expert_tokens)
+                for unit in block.units:
+                    if unit.name in rare:
+                        streams |= _through_one(block, unit, streams, calls, mixer, mixed)
+            before = _versions(block.mixer)
+            yield Step(index, block, streams, rare)
+            if activations is not None and index + 1 < len(blocks):
+                replayed = block.mixer if _versions(block.mixer) == before else None
+                _advance(activations, index, block, replayed, mixed)
 
 
 @torch.no_grad()
 def prune_model(
-    model: PreTrainedModel,
-    pruner: Pruner,
-    input_ids: Tensor | None,
-    batch_size: int = 1,
-    on_block: Callable[[FinishedBlock], None] = lambda finished: None,
-) -> None:
-    """Prune a causal language model in place, block by block.
+    model: PreTrainedModel, pruner: BlockPruner, input_ids: Tensor | None = None, batch_size: int = 1
+) -> dict[str, Mask]:
+    """Prune a causal language model in place; returns the mask of each projection by its name.
 
     Args:
-        model: any decoder that `find_blocks` understands, on one device.
-        pruner: the method and its targets.
-        input_ids: calibration tokens, `(n_sequences, seq_len)` int64; None is enough for a method without statistics.
+        input_ids: calibration tokens, `(n_sequences, seq_len)` int64; magnitude needs none.
         batch_size: sequences per forward.
-        on_block: called after each block, with its masks.
 
     Raises:
-        DassError: unknown layout, unfit pattern, missing calibration, non-finite numbers.
+        DassError: what `walk`, `BlockPruner.check` and `BlockPruner.prune` raise.
     """
-    blocks = find_blocks(model)
-    pruner.check(blocks)
-    if not any(pruner.open_streams(block) for block in blocks):
-        activations = None
-    elif input_ids is None:
-        raise DassError("This method needs calibration tokens: choose a `calibration`.")
-    else:
-        activations = enter_first_block(model, blocks, input_ids, batch_size)
-    for index, block in enumerate(blocks):
-        started = time.perf_counter()
-        streams = pruner.open_streams(block)
-        targets = pruner.projections(block)
-        mixer = block.mixer
-        if mixer is not None and any(p.linear is module for p in targets for module in mixer.modules()):
-            mixer = None
-        mixed = None
-        if activations is not None and streams:
-            mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
-            _require_all_tokens(block, streams, activations)
-        pruned = pruner.prune(block, streams)
-        if activations is not None and index + 1 < len(blocks):
-            _advance(activations, index, block, mixer, mixed)
-        on_block(FinishedBlock(index, block, pruned, time.perf_counter() - started))
+    pruner.check(find_blocks(model))
+    steps = walk(model, input_ids, pruner.needs, batch_size)
+    return {p.projection.name: p.mask for step in steps for p in pruner.prune(step.block, step.streams)}
+
+
+def open_streams(block: Block, needs: Needs) -> Streams:
+    """Empty statistics for what must be seen in a block."""
+    weights = {p.reads: p.weight for p in block.projections}
+    return {
+        reads: InputStream(weights[reads].shape[1], weights[reads].dtype, weights[reads].device, with_hessian)
+        for reads, with_hessian in needs.items()
+    }
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let experts run one after the other, each with a product of its own, and put the old way back."""
+    if not hasattr(model, "get_experts_implementation"):
+        yield
+        return
+    before = model.get_experts_implementation()
+    if set(before.values()) <= {"eager", None}:
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _versions(module: nn.Module | None) -> list[tuple[int, int]]:
+    """What changes when a weight is written."""
+    return [(id(p), p._version) for p in module.parameters()] if module is not None else []
 
 
 def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]:
@@ -123,63 +172,119 @@ def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]
 def _advance(activations: Activations, index: int, block: Block, mixer: nn.Module | None, mixed: list | None) -> None:
     """Run the pruned block, so that its outputs take the place of its inputs; replay the mixer where it was kept."""
     for i, (hidden, call) in enumerate(_each(activations, index)):
-        if mixer is None or mixed is None or mixed[i] is None:
+        with ExitStack() as stack:
+            if mixer is not None and mixed is not None and mixed[i] is not None:
+                stack.enter_context(replaced_forward(mixer, lambda *_, output=mixed[i], **__: output))
+                mixed[i] = None
             activations.batches[i] = call(block, hidden)
-        else:
-            with replaced_forward(mixer, lambda *_, output=mixed[i], **__: output):
-                activations.batches[i] = call(block, hidden)
-            mixed[i] = None
 
 
-def _require_all_tokens(block: Block, streams: Streams, activations: Activations) -> None:
-    """Statistics of a part of the tokens, or of none, would give a mask without a warning."""
+def _require_enough_tokens(
+    block: Block, streams: Streams, activations: Activations, min_expert_tokens: int | None
+) -> dict[str, int]:
+    """Statistics of a part of the tokens, or of none, would give a mask without a warning.
+
+    Returns:
+        The experts that saw too few tokens, and how many they saw.
+    """
     expected = sum(hidden.shape[:-1].numel() for hidden in activations.batches)
-    for source, stream in streams.items():
-        if stream.n_tokens != expected:
+    routed = {p.reads: unit for unit in block.units if unit.routed for p in unit.projections.values()}
+    rare, n_routed = {}, {reads: stream.n_tokens for reads, stream in streams.items() if reads in routed}
+    for reads, stream in streams.items():
+        if reads in routed:
+            need = stream.norm().numel() if stream.with_hessian else EXPERT_TOKENS
+            if stream.n_tokens < (need if min_expert_tokens is None else min_expert_tokens):
+                rare[routed[reads].name] = stream.n_tokens
+        elif stream.n_tokens != expected:
             raise DassError(
-                f"{block.name} has an unknown layout: its {source} passed {stream.n_tokens} of {expected} tokens to "
-                f"the layers that should read it; extend dass/pruning/blocks.py."
+                f"{block.name} has an unknown layout: its {reads} passed {stream.n_tokens} of {expected} tokens to "
+                f"the matrices that should read it; say with `projections` which are gate, up and down.",
+                field="model.projections",
             )
+    for kind in {reads.rpartition(" ")[2] for reads in n_routed}:
+        seen = sum(n for reads, n in n_routed.items() if reads.endswith(kind))
+        if seen < expected:
+            raise DassError(
+                f"{block.name} has an unknown layout: of {expected} tokens its experts saw {seen} in all: their "
+                f"{kind} is read by other matrices than gate, up and down."
+            )
+    return rare
 
 
-class _Stop(Exception):
-    """Ends a forward at the input of the down projection; nothing behind it is needed yet."""
+def observe(
+    block: Block,
+    mixer: nn.Module | None,
+    streams: Streams,
+    hidden: Tensor,
+    call: Call,
+    mixed: Any = None,
+    through: int | None = None,
+) -> Any:
+    """Run a dense block up to its down projections and add what its projections read to the statistics.
 
-
-def observe(block: Block, mixer: nn.Module | None, streams: Streams, hidden: Tensor, call: Call) -> Any:
-    """Run a dense block up to its down projection and add what its projections read to the statistics.
+    Args:
+        mixed: what the mixer returned before, to be replayed.
+        through: the expert that all tokens run through; None: as they are routed.
 
     Returns:
         What `mixer` returned, to be replayed once the MLP is pruned, or None: without a mixer, or where it had not run
         by then, so that its output might depend on the MLP.
     """
-    mixed = None
+    kept = mixed
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        nonlocal mixed
-        mixed = (output[0], *(None for _ in output[1:])) if isinstance(output, tuple) else output
+        nonlocal kept
+        kept = (output[0], *(None for _ in output[1:])) if isinstance(output, tuple) else output
 
-    def add(source: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        return lambda module, arguments: streams[source].add(arguments[0])
+    first: dict[str, Projection] = {}  # of the projections that read one tensor
+    for p in block.projections:
+        first.setdefault(p.reads, p)
+    read: dict[str, Any] = {}
 
-    def stop(module: nn.Module, arguments: tuple[Tensor]) -> None:
-        if "intermediate" in streams:
-            streams["intermediate"].add(arguments[0])
-        raise _Stop
+    def on_product(p: Projection, whole: Tensor, x: Tensor) -> None:
+        if p.reads in streams:
+            if p is first[p.reads]:
+                streams[p.reads].add(x, len(hidden))
+                read[p.reads] = extent_of(whole)
+            elif read.get(p.reads) != extent_of(whole):
+                raise DassError(
+                    f"{block.name} has an unknown layout: {first[p.reads].name} and {p.name} do not read the same "
+                    f"tensor; say with `projections` which matrices are gate, up and down.",
+                    field="model.projections",
+                )
+        if p.role == "down" and len(block.units) == 1:
+            raise Stop
 
-    reader = {INPUT_OF_ROLE[role]: p.linear for role, p in reversed(block.projections.items())}
-    hooks = [reader[source].register_forward_pre_hook(add(source)) for source in streams if source != "intermediate"]
-    hooks.append(reader["intermediate"].register_forward_pre_hook(stop))
-    if mixer is not None:
-        hooks.append(mixer.register_forward_hook(keep))
-    try:
-        call(block, hidden)
-    except _Stop:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return mixed
+    hook = mixer.register_forward_hook(keep) if mixer is not None and mixed is None else None
+    with ExitStack() as stack:
+        if mixer is not None and mixed is not None:
+            stack.enter_context(replaced_forward(mixer, lambda *_, **__: mixed))
+        stack.enter_context(Watch(block, on_product, through))
+        try:
+            call(block, hidden)
+        except Stop:
+            pass
+        finally:
+            if hook is not None:
+                hook.remove()
+    return kept
+
+
+def _through_one(
+    block: Block, unit: Unit, streams: Streams, calls: list[tuple[Tensor, Call]], mixer: nn.Module | None, mixed: list
+) -> Streams:
+    """The statistics of one expert if all tokens of the block ran through it, each as often as it is routed."""
+    expert = unit.projections["down"].expert
+    if expert is None:
+        raise DassError(
+            f"{unit.name} saw too few calibration tokens: give more of them, or lower min_expert_tokens.",
+            field="calibration.min_expert_tokens",
+        )
+    own = {p.reads: streams[p.reads].with_hessian for p in unit.projections.values() if p.reads in streams}
+    found = open_streams(block, own)
+    for (hidden, call), output in zip(calls, mixed, strict=True):
+        observe(block, mixer if output is not None else None, found, hidden, call, output, expert)
+    return found
 
 
 def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Tensor, batch_size: int) -> Activations:
@@ -205,8 +310,8 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Te
                 activations.batches.append(hidden)
             if tail is None:  # whether blocks return tuples, and what else is in them, only a real run can tell
                 output = original(hidden, *rest, **keywords)
-                wraps = isinstance(output, tuple)
-                tail = output[1:] if wraps else ()
+                wraps = isinstance(output, tuple | list)
+                tail = tuple(output[1:]) if wraps else ()
             return (hidden, *tail) if wraps else hidden
 
         return forward
@@ -227,7 +332,7 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Te
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two calls (or arguments of calls) hold the same values."""
+    """Whether two calls (or arguments of calls) hold the same values; objects that may change hold none."""
     if one is other:
         return True
     if type(one) is not type(other):
@@ -236,8 +341,8 @@ def _alike(one: Any, other: Any) -> bool:
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Call):
         return _alike(one.arguments, other.arguments) and _alike(one.keywords, other.keywords)
-    if isinstance(one, dict):
+    if type(one) is dict:
         return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
+    if type(one) in (list, tuple):
         return len(one) == len(other) and all(map(_alike, one, other))
-    return bool(one == other)
+    return isinstance(one, int | float | str) and bool(one == other)
