@@ -4,11 +4,14 @@ Every block runs twice over all sequences, one at a time; each projection keeps 
 a loop over groups of M with topk. Not used outside the benchmark and its test.
 """
 
-import contextlib
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from dass.pruning.blocks import find_blocks
+from dass.pruning.walk import enter_first_block
 
 
 @torch.no_grad()
@@ -21,68 +24,37 @@ def reference_walk(model: PreTrainedModel, input_ids: Tensor, method: str, n: in
         n: weights kept
         m: of so many consecutive ones.
     """
-    inputs, keywords = catch_first_inputs(model, input_ids)
+    entering = enter_first_block(model, find_blocks(model), input_ids, 1)
+    inputs, keywords = torch.cat(entering.batches), entering.calls[0][0].keywords
     outputs = torch.zeros_like(inputs)
     for block in model.model.layers:
         projections = {"gate": block.mlp.gate_proj, "up": block.mlp.up_proj, "down": block.mlp.down_proj}
-        gathered = {role: Gathered(linear, method == "sparsegpt") for role, linear in projections.items()}
-        hooks = [linear.register_forward_hook(gathered[role].add) for role, linear in projections.items()]
+        gathered = {}
+        for role, linear in projections.items():
+            d = linear.in_features
+            gathered[role] = torch.zeros((d, d) if method == "sparsegpt" else (d,), device=linear.weight.device)
+        hooks = [linear.register_forward_hook(partial(gather, gathered[r])) for r, linear in projections.items()]
         for j in range(len(inputs)):
             outputs[j] = block(inputs[j : j + 1], **keywords)[0]
         for hook in hooks:
             hook.remove()
         for role, linear in projections.items():
-            hessian = gathered[role].hessian
-            if hessian is not None:
-                linear.weight.copy_(sparsegpt_layer(linear.weight.float().clone(), hessian, n, m))
+            if method == "sparsegpt":
+                linear.weight.copy_(sparsegpt_layer(linear.weight.float().clone(), gathered[role], n, m))
             elif method == "dass" and role != "down":
-                neurons = gathered["down"].squares.sqrt()
-                scores = linear.weight.abs() * neurons.pow(0.5)[:, None]
+                scores = linear.weight.abs() * gathered["down"].sqrt().pow(0.5)[:, None]
                 linear.weight[loop_mask(scores.T, n, m).T] = 0
             else:
-                linear.weight[loop_mask(linear.weight.abs() * gathered[role].squares.sqrt(), n, m)] = 0
+                linear.weight[loop_mask(linear.weight.abs() * gathered[role].sqrt(), n, m)] = 0
         for j in range(len(inputs)):
             outputs[j] = block(inputs[j : j + 1], **keywords)[0]
         inputs, outputs = outputs, inputs
 
 
-def catch_first_inputs(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict]:
-    """Hidden states `(n_sequences, seq_len, d)` that enter the first block, and its keyword arguments."""
-    caught: list[Tensor] = []
-    keywords: dict = {}
-
-    class Caught(Exception):
-        pass
-
-    def catch(module: nn.Module, arguments: tuple, given: dict) -> None:
-        caught.append(arguments[0])
-        keywords.update(given)
-        raise Caught
-
-    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for row in input_ids:
-        with contextlib.suppress(Caught):
-            model(row[None].to(model.device), use_cache=False)
-    hook.remove()
-    return torch.cat(caught), keywords
-
-
-class Gathered:
-    """The statistics of one layer: squares of each input feature (Wanda) or the Hessian (SparseGPT)."""
-
-    def __init__(self, linear: nn.Linear, with_hessian: bool) -> None:
-        """Start at zero."""
-        features, device = linear.in_features, linear.weight.device
-        self.squares = torch.zeros(features, device=device)
-        self.hessian = torch.zeros(features, features, device=device) if with_hessian else None
-
-    def add(self, linear: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
-        """Add the input `(1, seq_len, in_features)` of a forward of the layer."""
-        x = given[0][0].float().T
-        if self.hessian is None:
-            self.squares += torch.norm(x, p=2, dim=1) ** 2
-        else:
-            self.hessian += x.matmul(x.T)
+def gather(into: Tensor, linear: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+    """Add the squares of each feature (Wanda) or the Hessian (SparseGPT) of a layer's input `(1, seq_len, d)`."""
+    x = given[0][0].float().T
+    into += x.matmul(x.T) if into.ndim == 2 else torch.norm(x, p=2, dim=1) ** 2
 
 
 def loop_mask(scores: Tensor, n: int, m: int) -> Tensor:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def main() -> None:
     if gpu and not torch.cuda.is_available():
         sys.exit("error: --gpu needs a GPU that torch sees, and there is none.")
     device = torch.device("cuda" if gpu else "cpu")
-    rows = gpu_rows(device) if gpu else [*walk_rows(), *mask_rows(), solver_row(), memory_row()]
+    rows = gpu_rows() if gpu else [*walk_rows(), *mask_rows(), solver_row(), memory_row()]
     machine, versions, git = machine_description(device), package_versions(), git_state()
     lines = [
         f"# Benchmark on {machine['gpu'] or machine['cpu']}",
@@ -86,6 +87,11 @@ def main() -> None:
     write_atomically(Path("results") / ("benchmark_gpu.md" if gpu else "benchmark.md"), text)
 
 
+def ratio(quantity: str, best: dict[str, float], over: str, under: str, limit: float, detail: str, least: bool) -> Row:
+    """A row of the quotient of two timings, with both in its detail."""
+    return Row(quantity, best[over] / best[under], limit, least, f"{best[over]:.3g} s / {best[under]:.3g} s; {detail}")
+
+
 def fastest(timings: dict[str, Callable[[], float]], repeats: int = REPEATS) -> dict[str, float]:
     """The fastest of several runs of each, interleaved so that a slow spell of the machine hits all alike."""
     best = dict.fromkeys(timings, float("inf"))
@@ -96,15 +102,18 @@ def fastest(timings: dict[str, Callable[[], float]], repeats: int = REPEATS) -> 
     return best
 
 
-def seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """Wall time of some work."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    started = _now()
     work()
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return _now() - started
+
+
+def _now() -> float:
+    """The time once a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -129,49 +138,54 @@ def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -
                 for i, hidden in enumerate(activations.batches):
                     activations.batches[i] = hidden + mlp(module.post_attention_layernorm(hidden))
 
-    return seconds(work, model.device)
+    return seconds(work)
+
+
+def time_walks(
+    fresh: Callable[[], PreTrainedModel], input_ids: Tensor, with_reference: bool
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of the needed forward work, of our walk and of the reference's; and our memory in words, by method."""
+    size = batch_size_for(fresh(), input_ids.shape[1])
+    memory: dict[str, str] = {}
+
+    def ours(name: str) -> float:
+        model = fresh()
+        on_gpu = model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with peak_resident_memory() as host:
+            taken = seconds(lambda: prune_model(model, BlockPruner(METHODS[name]), input_ids, size))
+        device = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device, " if on_gpu else ""
+        memory[name] = f"peak {device}{host[0] / 1e9:.1f} GB on the host, batches of {size}"
+        return taken
+
+    def reference(name: str) -> float:
+        model = fresh()
+        return seconds(lambda: reference_walk(model, input_ids, name, 2, 4))
+
+    timings: dict[str, Callable[[], float]] = {"forward": lambda: needed_forward(fresh(), input_ids, size)}
+    timings |= {name: partial(ours, name) for name in METHODS}
+    timings |= {f"reference {name}": partial(reference, name) for name in METHODS if with_reference}
+    return fastest(timings), memory
 
 
 def walk_rows() -> list[Row]:
     """Our walk against the needed forward work and against the reference's walk, on SmolLM2 at 2:4."""
-    source, device = str(packaged_model("smollm2_135m")), torch.device("cpu")
-    tokenizer = load_tokenizer(source, None)
-    input_ids = calibration_tokens("packaged_c4", tokenizer, None, *CALIBRATION, 0, "tokenizer", True)
-    size = batch_size_for(load(source), CALIBRATION[1])
-
-    def ours(method: str) -> float:
-        model = load(source)
-        return seconds(lambda: prune_model(model, BlockPruner(METHODS[method]), input_ids, size), device)
-
-    def reference(method: str) -> float:
-        model = load(source)
-        return seconds(lambda: reference_walk(model, input_ids, method, 2, 4), device)
-
-    timings: dict[str, Callable[[], float]] = {"forward": lambda: needed_forward(load(source), input_ids, size)}
-    timings |= {f"ours {name}": partial(ours, name) for name in METHODS}
-    timings |= {f"reference {name}": partial(reference, name) for name in METHODS}
-    best = fastest(timings)
-    tokens = f"SmolLM2-135M, fp32, 2:4, {CALIBRATION[0]} x {CALIBRATION[1]} tokens"
-    rows = [
-        Row(
-            f"{name}: pruning time / forward work needed",
-            best[f"ours {name}"] / best["forward"],
-            1.10,
-            False,
-            f"{best[f'ours {name}']:.1f} s / {best['forward']:.1f} s; {tokens}",
-        )
-        for name in ("wanda", "dass")
+    source = str(packaged_model("smollm2_135m"))
+    tokens = calibration_tokens(
+        "packaged_c4", load_tokenizer(source, None), None, *CALIBRATION, seed=0, bos="tokenizer", join=True
+    )
+    best, memory = time_walks(partial(load, source), tokens, with_reference=True)
+    detail = f"SmolLM2-135M, fp32, 2:4, {CALIBRATION[0]} x {CALIBRATION[1]} tokens"
+    return forward_rows(best, 1.10, {name: f"{detail}; {memory[name]}" for name in METHODS}) + [
+        ratio(f"{name}: reference walk / ours", best, f"reference {name}", name, 1.4, detail, True) for name in METHODS
     ]
-    return rows + [
-        Row(
-            f"{name}: reference walk / ours",
-            best[f"reference {name}"] / best[f"ours {name}"],
-            1.4,
-            True,
-            f"{best[f'reference {name}']:.1f} s / {best[f'ours {name}']:.1f} s; {tokens}",
-        )
-        for name in METHODS
-    ]
+
+
+def forward_rows(best: dict[str, float], limit: float, details: dict[str, str]) -> list[Row]:
+    """Our walk against the needed forward work, for the methods that do little else."""
+    quantity = "pruning time / forward work needed"
+    return [ratio(f"{n}: {quantity}", best, n, "forward", limit, details[n], False) for n in ("wanda", "dass")]
 
 
 def load(source: str) -> PreTrainedModel:
@@ -182,24 +196,15 @@ def load(source: str) -> PreTrainedModel:
 def mask_rows() -> list[Row]:
     """Mask selection on a LLaMA2-7B gate projection against the loop."""
     scores = torch.rand(11008, 4096, generator=torch.Generator().manual_seed(0))
+    axes: tuple[Axis, ...] = ("in", "out")
     rows = []
-    for pattern in (NM(2, 4), NM(4, 8)):
-        axes: tuple[Axis, ...] = ("in", "out")
-        for axis in axes:
-            groups = scores if axis == "in" else scores.T
-            loop = partial(seconds, partial(loop_mask, groups, pattern.n, pattern.m))
-            ours = partial(seconds, partial(select_mask, scores, pattern, axis))
-            best = fastest({"loop": loop, "ours": ours}, repeats=5)
-            detail = f"{best['loop']:.2f} s / {best['ours']:.2f} s; 11008 x 4096"
-            rows.append(
-                Row(
-                    f"mask selection {pattern} along '{axis}': loop / ours",
-                    best["loop"] / best["ours"],
-                    1.8,
-                    True,
-                    detail,
-                )
-            )
+    for pattern, axis in product((NM(2, 4), NM(4, 8)), axes):
+        groups = scores if axis == "in" else scores.T
+        loop = partial(seconds, partial(loop_mask, groups, pattern.n, pattern.m))
+        ours = partial(seconds, partial(select_mask, scores, pattern, axis))
+        best = fastest({"loop": loop, "ours": ours}, repeats=5)
+        quantity = f"mask selection {pattern} along '{axis}': loop / ours"
+        rows.append(ratio(quantity, best, "loop", "ours", 1.8, "11008 x 4096", True))
     return rows
 
 
@@ -238,43 +243,24 @@ def memory_row() -> Row:
     return Row("peak memory of a run - model's size, GB", peak - size, 1.0, False, detail)
 
 
-def gpu_rows(device: torch.device) -> list[Row]:
+def gpu_rows() -> list[Row]:
     """DaSS, Wanda and SparseGPT on a random model of LLaMA2-7B's shape in bf16, 128 x 2048 tokens."""
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
-    input_ids = torch.randint(0, 32000, (128, 2048), generator=torch.Generator().manual_seed(0))
 
     def fresh() -> PreTrainedModel:
         torch.set_default_dtype(torch.bfloat16)
-        with device:
+        with torch.device("cuda"):
             model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
         return model.eval().requires_grad_(False)
 
-    def forward() -> float:
-        model = fresh()
-        return needed_forward(model, input_ids, batch_size_for(model, 2048))
-
-    memory: dict[str, str] = {}
-
-    def ours(name: str) -> float:
-        model = fresh()
-        torch.cuda.reset_peak_memory_stats(device)
-        size = batch_size_for(model, 2048)
-        with peak_resident_memory() as host:
-            taken = seconds(lambda: prune_model(model, BlockPruner(METHODS[name]), input_ids, size), device)
-        on_device = torch.cuda.max_memory_allocated(device) / 1e9
-        memory[name] = f"peak {on_device:.1f} GB on the device, {host[0] / 1e9:.1f} GB on the host, batches of {size}"
-        return taken
-
-    best = fastest({"forward": forward} | {name: partial(ours, name) for name in METHODS})
-    rows = [
-        Row(f"{name}: pruning time / forward work needed", best[name] / best["forward"], 1.15, False, memory[name])
-        for name in ("wanda", "dass")
-    ]
+    input_ids = torch.randint(0, 32000, (128, 2048), generator=torch.Generator().manual_seed(0))
+    best, memory = time_walks(fresh, input_ids, with_reference=False)
     limits = {"wanda": 60, "dass": 60, "sparsegpt": 180}
-    return rows + [Row(f"{name}: seconds", best[name], limits[name], False, memory[name]) for name in METHODS]
+    seconds_rows = [Row(f"{name}: seconds", best[name], limits[name], False, memory[name]) for name in METHODS]
+    return forward_rows(best, 1.15, memory) + seconds_rows
 
 
 if __name__ == "__main__":

@@ -1,27 +1,23 @@
-"""Load a causal language model from the hub, a folder or a package, and save a pruned one."""
+"""Load a causal language model from the hub or a folder, and refuse what cannot be pruned."""
 
-import os
-import re
-import shutil
-import tempfile
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dass.data.calibration import Tokenizer
+from dass.data.tokens import Tokenizer
 from dass.errors import DassError, first_line, require_finite
-from dass.records import file_sha256
+from dass.folders import SEAL
+from dass.records import file_sha256, identity_of
 
 transformers_logging.disable_progress_bar()  # loading is a matter of seconds; the long stages have bars of ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-CARD = "README.md"
-MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of the files of a saved model
+CONTENT_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of weights, configuration and tokenizer
 
 
 def resolve_device(device: str) -> torch.device:
@@ -36,7 +32,9 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise DassError(f"device={device} cannot be used here: choose auto, cpu or a GPU that torch sees.") from error
+        raise DassError(
+            f"device={device} cannot be used here: choose auto, cpu or a GPU that torch sees.", "device"
+        ) from error
     return resolved
 
 
@@ -55,18 +53,31 @@ def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:
 def require_dtype(dtype: str) -> None:
     """Raise DassError unless it is one of `DTYPES`."""
     if dtype not in DTYPES:
-        raise DassError(f"model.dtype={dtype} is unknown: choose auto or one of {', '.join(DTYPES)}.")
+        raise DassError(f"dtype={dtype} is unknown: choose auto or one of {', '.join(DTYPES)}.", "model.dtype")
 
 
 def load_config(source: str, revision: str | None) -> Any:
     """The transformers config of a hub id or folder; DassError where it cannot be read."""
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a foreign file can make transformers raise anything
         raise DassError(_why_not_loaded(source, error)) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise DassError(f"{source} is quantised: pruning needs its weights in floating point, so dequantise it first.")
-    return config
+
+
+def require_supported(config: Any) -> None:
+    """Raise DassError if a transformers config tells that its model cannot be pruned here; reads no weight."""
+    text = config.get_text_config()
+    name = config.model_type
+    if any(getattr(part, "quantization_config", None) is not None for part in (config, text)):
+        raise DassError(f"{name} is quantised: pruning needs its weights in floating point, so dequantise it first.")
+    if config.is_encoder_decoder:
+        raise DassError(f"{name} is an encoder and a decoder: choose a causal language model, a decoder alone.")
+    if getattr(text, "num_attention_heads", None) is None:
+        raise DassError(f"{name} has no attention, and so no blocks of attention and an MLP: choose a transformer.")
+    if getattr(text, "altup_num_inputs", None) is not None:
+        raise DassError(f"The blocks of {name} read several streams at once (AltUp): choose a model with one stream.")
+    if {"mlp", "moe"} & set(getattr(text, "layer_types", None) or ()):
+        raise DassError(f"The blocks of {name} are attention or an MLP, not both: choose a model with both in each.")
 
 
 def load_model(source: str, revision: str | None, dtype: str, device: torch.device) -> PreTrainedModel:
@@ -83,6 +94,7 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
     if Path(source).is_dir():
         require_weights(Path(source))
     config = load_config(source, revision)
+    require_supported(config)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
@@ -107,7 +119,7 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
 
 def require_weights(folder: Path) -> None:
     """Raise DassError if a model folder holds no safetensors; pickled weights do not count."""
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.safetensors.index.json")):
         raise DassError(f"The model folder {folder} holds no weights (*.safetensors): save the model there first.")
 
 
@@ -120,74 +132,29 @@ def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
             raise DassError(_why_not_loaded(source, error)) from error
         raise DassError(
             f"{source} has no usable tokenizer ({first_line(error)}): save one beside the model, "
-            f"or use calibration=tokens_file and evaluation=none."
+            f"or calibrate on tokens and evaluate nothing."
         ) from error
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model folder's weights, configuration and tokenizer.
+def model_contents(folder: Path) -> str:
+    """16 hex digits over the names and contents of a model folder's weights, configuration and tokenizer.
+
+    Shards that an index names count wherever they lie; cards, licences and our own seal do not.
 
     Raises:
-        DassError: there is no such folder, or it holds no weights.
+        DassError: there is no such folder, it holds no weights, or it lacks a shard.
     """
     if not folder.is_dir():
-        raise DassError(f"There is no model folder {folder}: give a folder written by `save_pretrained`.")
+        raise DassError(f"There is no model folder {folder}: give a folder written by `save_pretrained`.", "model.path")
     require_weights(folder)
-    names = [p for p in sorted(folder.iterdir()) if p.suffix in MODEL_SUFFIXES]
-    return "-".join(f"{path.name}:{file_sha256(path)}" for path in names)
-
-
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer | None, folder: Path, card: str) -> None:
-    """Write a normal transformers folder with a model card, whole or not at all; replaces one that we wrote.
-
-    Raises:
-        DassError: the folder holds something else, or cannot be written.
-    """
-    require_own_folder(folder)
+    ours = (SEAL, "LICEN", "NOTICE", "COPYING", "USE_POLICY")
+    names = {p.name for p in folder.iterdir() if p.suffix in CONTENT_SUFFIXES and not p.name.startswith(ours)}
+    for index in folder.glob("*.safetensors.index.json"):
+        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            model.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-            (temporary / CARD).write_text(card, encoding="utf-8")
-            temporary.chmod(0o755)
-            for path in temporary.iterdir():
-                path.chmod(0o644)  # safetensors writes files that nobody else may read
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise DassError(f"Cannot write the model to {folder} ({why}): free space or choose another.") from error
-
-
-def require_own_folder(folder: Path) -> None:
-    """Raise DassError if a folder exists and holds anything but a model that `save_model` wrote."""
-    if not folder.exists():
-        return
-    if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and card_id(folder) is None):
-        raise DassError(f"save_model={folder} exists and is not a model of this project: choose another folder.")
-    foreign = [path.name for path in folder.iterdir() if path.name != CARD and path.suffix not in MODEL_SUFFIXES]
-    if foreign:
-        raise DassError(
-            f"save_model={folder} would be replaced, but it also holds {foreign[0]}, which is not of a saved model: "
-            f"choose another folder."
-        )
-
-
-def card_id(folder: Path) -> str | None:
-    """The run's identity in the model card of a saved folder; None where there is none."""
-    card = folder / CARD
-    found = (
-        re.search(r"^dass_run: (\w+)$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        if card.is_file()
-        else None
-    )
-    return found[1] if found else None
+        return identity_of({name: file_sha256(folder / name) for name in names})
+    except OSError as error:
+        raise DassError(f"{folder} lacks {error.filename}, which its index names: fetch it again.") from error
 
 
 def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
@@ -202,7 +169,8 @@ def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
     free = torch.cuda.mem_get_info(model.device)[0]
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # torch's own cache
     # per token: three intermediate vectors and about a dozen of the hidden width, in fp32 where statistics are taken
-    per_sequence = seq_len * (3 * config.intermediate_size + 12 * config.hidden_size) * 4
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's kind, where nothing is said
+    per_sequence = seq_len * (3 * width + 12 * config.hidden_size) * 4
     return 2 ** min(4, max(0, int(free / 4 / per_sequence).bit_length() - 1))
 
 

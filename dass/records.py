@@ -1,6 +1,6 @@
 """One JSON file per run: its identity, its file, and all of them as a table.
 
-A record has the keys `id, config, git, versions, machine, stages, sparsity, metrics, windows`.
+A record has the keys in `RECORD_KEYS`, and where they apply `experts` and `diagnostics`.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ import torch
 
 from dass.errors import DassError
 
-RECORD_KEYS = ("id", "config", "git", "versions", "machine", "stages", "sparsity", "metrics", "windows")
+RECORD_KEYS: tuple[str, ...] = ("id", "identity", "determinants", "command", "config", "git", "versions", "machine", "stages")
+RECORD_KEYS += ("sparsity", "metrics", "windows", "files", "failed")
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "omegaconf", "gguf", "lm-eval")
 
 
@@ -63,28 +64,6 @@ def require_writable(folder: Path) -> None:
 def record_path(results_dir: Path, run_id: str) -> Path:
     """Where the record of a run lies."""
     return results_dir / f"{run_id}.json"
-
-
-def failure_path(results_dir: Path, design: str) -> Path:
-    """Where it is said why a run of an experiment is missing."""
-    return results_dir / "failed" / f"{design}.json"
-
-
-def write_failure(results_dir: Path, failure: dict[str, Any]) -> None:
-    """Write why a run failed: `design` (what it was to do, by 16 hex digits), `why` and its `config`."""
-    write_atomically(failure_path(results_dir, failure["design"]), json.dumps(failure, indent=1) + "\n")
-
-
-def read_failures(results_dir: Path) -> dict[str, str]:
-    """Why runs failed, by their design; an unreadable file is named on stderr and left out."""
-    failures = {}
-    for path in sorted((results_dir / "failed").glob("*.json")):
-        try:
-            failure = json.loads(path.read_text(encoding="utf-8"))
-            failures[failure["design"]] = str(failure["why"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            print(f"left out: {path} is not a readable failure ({error!r}): delete it.", file=sys.stderr)
-    return failures
 
 
 def write_record(results_dir: Path, record: dict[str, Any]) -> Path:

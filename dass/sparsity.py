@@ -1,6 +1,7 @@
 """What share of the weights is zero, and masks as files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,42 +9,54 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from dass.errors import DassError
-from dass.pruning.blocks import Projection
+from dass.pruning.blocks import Block, Projection, find_blocks, mlp_matrices
 from dass.pruning.masks import NM, Mask, Unstructured, verify_mask
 from dass.records import write_atomically
 
 MASKS_FILE = "masks.safetensors"
 
 
-def sparsity_report(model: nn.Module, targeted: list[Projection]) -> dict[str, Any]:
+def sparsity_report(model: nn.Module, blocks: list[Block], targeted: list[Projection]) -> dict[str, Any]:
     """Zeros counted in the weights themselves: per targeted projection, and in sum.
 
     Returns:
         `projections`: by name, `role`, `weights`, `zeros`, `sparsity`; and the share of zeros in the targeted
-        projections (`targeted`), in all linear layers but the head (`linear`), in all parameters (`total`).
+        projections (`targeted`), in all MLPs of the blocks (`mlp`), in all linear layers and experts but the head
+        (`linear`), in all parameters (`total`).
     """
     projections = {}
     for p in targeted:
-        weights, zeros = p.linear.weight.numel(), _zeros(p.linear.weight)
+        weights, zeros = p.weight.numel(), _zeros(p.weight)
         projections[p.name] = {"role": p.role, "weights": weights, "zeros": zeros, "sparsity": zeros / weights}
-    get_head = getattr(model, "get_output_embeddings", lambda: None)
-    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not get_head()]
     return {
         "projections": projections,
-        "targeted": _share([p.linear.weight for p in targeted]),
-        "linear": _share(linears),
+        "targeted": _share([p.weight for p in targeted]),
+        "mlp": _share(mlp_matrices(blocks)),
+        "linear": _share(linear_weights(model)),
         "total": _share(list(model.parameters())),
     }
 
 
-def _zeros(weight: torch.Tensor) -> int:
+def linear_weights(model: nn.Module) -> list[Tensor]:
+    """The weights of all linear layers and experts, wherever they are; not the embeddings, nor the head."""
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    return [
+        parameter
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding) and module is not get_head()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1 and not name.endswith("bias")
+    ]
+
+
+def _zeros(weight: Tensor) -> int:
     return weight.numel() - int(torch.count_nonzero(weight))
 
 
-def _share(weights: list[torch.Tensor]) -> float:
+def _share(weights: list[Tensor]) -> float:
     total = sum(w.numel() for w in weights)
     return sum(map(_zeros, weights)) / total if total else 0.0
 
@@ -53,7 +66,7 @@ class PackedMasks:
 
     def __init__(self) -> None:
         """Start empty."""
-        self.bits: dict[str, torch.Tensor] = {}
+        self.bits: dict[str, Tensor] = {}
         self.about: dict[str, dict[str, Any]] = {}
 
     def add(self, name: str, mask: Mask) -> None:
@@ -103,29 +116,22 @@ def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
     return masks, provenance
 
 
-def masks_id(folder: Path) -> str | None:
-    """The run's identity in the header of a file of masks; None where there is none."""
-    try:
-        with safe_open(folder / MASKS_FILE, framework="np") as file:
-            return json.loads(file.metadata()["provenance"])["id"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-
-
 @torch.no_grad()
-def apply_masks(model: nn.Module, masks: dict[str, Mask]) -> None:
+def apply_masks(model: nn.Module, masks: dict[str, Mask], projections: Mapping[str, str] | None = None) -> None:
     """Set the weights that the masks prune to zero, in place.
 
+    Args:
+        projections: see `find_blocks`.
+
     Raises:
-        DassError: a mask has no linear layer of its name and shape in this model.
+        DassError: a mask has no projection of its name and shape in this model.
     """
-    modules = dict(model.named_modules())
+    found = {p.name: p for block in find_blocks(model, projections) for p in block.projections}
     for name, mask in masks.items():
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear) or linear.weight.shape != mask.keep.shape:
+        if name not in found or found[name].weight.shape != mask.keep.shape:
             raise DassError(
-                f"The mask {name} {tuple(mask.keep.shape)} fits no linear layer of this model: load its own."
+                f"The mask {name} {tuple(mask.keep.shape)} fits no projection of this model: load its own."
             )
     for name, mask in masks.items():
-        weight = model.get_parameter(f"{name}.weight")
+        weight = found[name].weight
         weight.masked_fill_(~mask.keep.to(weight.device), 0)

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -38,7 +39,7 @@ def sentence(error: BaseException) -> str:
     return f"{where[0]}: {text}" if where and where[0] not in text else text
 
 
-def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
+def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """Run `task` under Hydra with `conf/<config_name>.yaml`.
 
     An error of the user ends as one sentence on stderr and exit code 1; `debug=true` or `HYDRA_FULL_ERROR=1`
@@ -56,12 +57,12 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     started = False
 
     @functools.wraps(task)
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> Any:
         nonlocal started
         started = True
         why = ""
         try:
-            task(config)
+            return task(config)
         except USER_ERRORS as error:
             if debug:
                 raise
@@ -71,12 +72,11 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
                 raise
             traceback.print_exc()
             why = f"{type(error).__name__}: {error}"
-        if why:
-            print(f"error: {why}", file=sys.stderr, flush=True)
-            if HydraConfig.get().mode == RunMode.RUN:
-                sys.exit(1)
-            # raised out here, so that no frame of the job, and no model in it, stays alive for the rest of the sweep
-            raise Reported(why)
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        if HydraConfig.get().mode == RunMode.RUN:
+            sys.exit(1)
+        # raised out here, so that no frame of the job, and no model in it, stays alive for the rest of the sweep
+        raise Reported(why)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()

@@ -7,7 +7,7 @@ from experiments.app import run_app
 from experiments.prune import main
 
 
-def evaluate(config: DictConfig) -> None:
+def evaluate(config: DictConfig) -> str | None:
     """A run of the dense method under another name; DassError where a method or no evaluation is asked for."""
     if config.method.name != "dense":
         raise DassError(
@@ -15,7 +15,7 @@ def evaluate(config: DictConfig) -> None:
         )
     if config.evaluation.name == "none":
         raise DassError("evaluation=none evaluates nothing: choose one of the files in conf/evaluation.")
-    main(config)
+    return main(config)
 
 
 if __name__ == "__main__":

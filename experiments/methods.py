@@ -1,14 +1,17 @@
 """From the config's words to a pruning method of the library."""
 
+import sys
 from dataclasses import fields
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from dass.errors import DassError
-from dass.pruning.blocks import INPUT_OF_ROLE
+from dass.pruning.blocks import ROLES
+from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import NM, Pattern, Unstructured
 from dass.pruning.method import BlockPruner, Method
+from dass.pruning.update import UPDATES
 from experiments.app import CONF
 from experiments.schema import MethodConfig, PruneConfig, SparsityConfig
 
@@ -56,28 +59,36 @@ def _pruner(config: PruneConfig, words: dict[str, Any]) -> BlockPruner | None:
     axis = words.get("axis")
     given = dict(words)
     if isinstance(axis, str):
-        given["axis"] = dict.fromkeys(INPUT_OF_ROLE, axis)
+        given["axis"] = {role: axis for role in ROLES if role != "qkv"}
     method: MethodConfig = OmegaConf.to_object(  # type: ignore[assignment]
         OmegaConf.merge(OmegaConf.structured(MethodConfig), {k: v for k, v in given.items() if k in shared})
     )
     parameters = {k: v for k, v in given.items() if k not in shared}
-    for name, value in parameters.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DassError(f"method.{name}={value} is not a number: correct it.")
     if method.criterion is None:
         if parameters or method.axis or method.update != "none":
-            raise DassError(f"method={method.name} has no criterion, so it prunes nothing: set `method.criterion`.")
+            raise DassError(
+                f"The method {method.name} has no criterion, so it prunes nothing: set one.", field="method.criterion"
+            )
         return None
     return BlockPruner(
         Method(
             method.criterion,
             method.axis,  # type: ignore[arg-type]  # checked by Method
             pattern_of(config.sparsity),
-            method.update,  # type: ignore[arg-type]
-            parameters,
-            method.damping,
-            method.block_size,
+            method.update,
+            {k: v for k, v in parameters.items() if not _idle(k, v, method)},
         ),
         config.targets,  # type: ignore[arg-type]
         "|".join(f"(?:{expression})" for expression in (method.exclude, config.exclude) if expression) or None,
     )
+
+
+def _idle(name: str, value: Any, method: MethodConfig) -> bool:
+    """Whether a parameter is of an update or criterion that is not used; a note if it was set to no avail."""
+    used = (CRITERIA.find(str(method.criterion)), UPDATES.find(method.update))
+    owners = [entry for entry in (*CRITERIA.values(), *UPDATES.values()) if name in entry.parameters()]
+    if not owners or any(name in entry.parameters() for entry in used):
+        return False
+    if owners[0].parameters()[name] != value:
+        print(f"note: method.{name}={value} has no effect with this criterion and update", file=sys.stderr)
+    return True

@@ -1,67 +1,84 @@
-"""One run: load, calibrate, prune, evaluate, record.
+"""One run: load, calibrate, prune, save, evaluate, record.
 
 python -m experiments.prune method=dass sparsity=2of4
 python -m experiments.prune -m method=dense,magnitude,wanda,sparsegpt,dass sparsity=unstructured,4of8,2of4
 python -m experiments.prune -m experiment=table1_perplexity scale=small
 """
 
+import shlex
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
-from dass.data.calibration import calibration_tokens, require_in_vocabulary
+from dass.folders import is_saved, require_own_folder
+from dass.data.calibration import calibration_tokens
+from dass.data.tokens import require_in_vocabulary
 from dass.errors import DassError, first_line
-from dass.models import (
-    batch_size_for,
-    card_id,
-    load_model,
-    load_tokenizer,
-    require_own_folder,
-    save_model,
-)
+from dass.evaluation import door
+from dass.models import batch_size_for, load_model, load_tokenizer, resolve_dtype
 from dass.progress import progress, say
 from dass.pruning.blocks import find_blocks
-from dass.pruning.comparison import Comparison
-from dass.pruning.walk import FinishedBlock, Pruner, prune_model
+from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs, diagnostics
+from dass.pruning.method import Pruned
+from dass.pruning.walk import Step, walk
 from dass.records import (
-    failure_path,
+    file_sha256,
     git_state,
     machine_description,
     package_versions,
     read_record,
     record_path,
     require_writable,
-    write_failure,
     write_record,
 )
-from dass.sparsity import PackedMasks, masks_id, sparsity_report
+from dass.saving import Card, model_card, round_to, save_model, source_licence, write_card
+from dass.sparsity import MASKS_FILE, PackedMasks, sparsity_report
 from dass.stages import Stages, release_freed_memory
-from dass.tracking import Tracker, track
-from experiments.app import run_app
-from experiments.evaluation import evaluate, prepare_evaluation
-from experiments.identity import design_of
-from experiments.resolve import Checked, Plan, check, loads, resolve, source_of
-from experiments.schema import typed
+from dass.tracking import log_record, track
+from experiments.app import run_app, sentence
+from experiments.fingerprint import source_of
+from experiments.resolve import Checked, Plan, check, loads, resolve
+from report.runs import runs_of
 
 
-def main(config: DictConfig) -> None:
-    """Run what the composed config says, unless its record exists; a run of an experiment that fails records why."""
+Log = Callable[[dict[str, float]], None]
+"""Told of each finished block."""
+
+
+def main(config: DictConfig) -> str | None:
+    """Run what the composed config says, unless its record exists; returns the run's identity."""
     if config.get("dry_run"):
         print(dry_run(config))
-        return
+        return None
+    plan = resolve(config)
+    results_dir = Path(plan.config.results_dir)
+    for folder in (results_dir, plan.config.save_model, plan.config.masks):
+        if folder is not None:
+            require_writable(Path(folder))
+    label = f"{label_of(plan)} {plan.run_id}"
+    if not plan.config.rerun and is_done(plan):
+        print(f"{label}: already done, skipping: {record_path(results_dir, plan.run_id)} (rerun=true runs it again)")
+        return plan.run_id
+    if plan.config.save_model is not None:
+        require_own_folder(destination(plan.config.save_model, plan.run_id))
     try:
-        plan = resolve(config)
-        _run_unless_done(plan)
-    except Exception as error:
-        if config.get("report") is not None:
-            _record_failure(config, error)
-        raise
-    failure_path(Path(plan.config.results_dir), design_of(plan.config)).unlink(missing_ok=True)
+        run_and_record(plan, label)
+    except torch.OutOfMemoryError as error:
+        raise DassError(
+            f"The GPU's memory does not suffice ({first_line(error)}): set a smaller `batch_size` or "
+            f"`calibration.n_sequences`, or use a larger GPU."
+        ) from error
+    return plan.run_id
 
 
 def dry_run(config: DictConfig) -> str:
@@ -77,68 +94,81 @@ def dry_run(config: DictConfig) -> str:
     return f"{run_id} {label_of(checked)}: {'; '.join(loads(checked))}"
 
 
-def _record_failure(config: DictConfig, error: Exception) -> None:
-    """Say in the records' folder why a run of an experiment is missing; a config that means nothing has no place."""
-    with suppress(DassError, OmegaConfBaseException):
-        design = design_of(typed(config))
-        composed = OmegaConf.to_container(config, resolve=True)
-        write_failure(
-            Path(config.results_dir), {"design": design, "why": str(error) or type(error).__name__, "config": composed}
-        )
-
-
 def label_of(checked: Checked) -> str:
     """A run in a few words: model, method, pattern."""
     patterns = {str(pruner.method.pattern) for pruner in checked.pruners.values()}
     return " ".join([checked.config.model.name, checked.config.method["name"], *patterns])
 
 
-def _run_unless_done(plan: Plan) -> None:
-    """Run and record what a plan says, unless that was done before."""
-    results_dir = Path(plan.config.results_dir)
-    for folder in (results_dir, plan.config.save_model, plan.config.masks):
-        if folder is not None:
-            require_writable(Path(folder))
-    if plan.config.save_model is not None:
-        require_own_folder(Path(plan.config.save_model))
-    label = f"{label_of(plan)} {plan.run_id}"
-    if not plan.config.rerun and is_done(plan):
-        print(f"{label}: already done, skipping: {record_path(results_dir, plan.run_id)} (rerun=true runs it again)")
-        return
-    try:
-        _run_and_record(plan, label)
-    except torch.OutOfMemoryError as error:
-        raise DassError(
-            f"The GPU's memory does not suffice ({first_line(error)}): set a smaller `batch_size` or "
-            f"`calibration.n_sequences`, or use a larger GPU."
-        ) from error
+def destination(folder: str, run_id: str) -> Path:
+    """Where a run writes its model or masks: into the folder itself, or in a sweep into one of its own inside it."""
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return Path(folder).expanduser() / run_id if sweeping else Path(folder).expanduser()
 
 
-def _run_and_record(plan: Plan, label: str) -> None:
-    """Run, write the record, tell the tracker, and print the outcome in one line."""
-    tracking = plan.config.tracking
-    with track(tracking.name, tracking.project, tracking.group, plan.run_id, tracking.folder, plan.composed) as tracker:
-        record = run(plan, tracker)
-        path = write_record(Path(plan.config.results_dir), record)
-        tracker.log_record(record)
-    values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
-    print(f"{label}: sparsity {record['sparsity']['targeted']:.4f} of the targeted weights{values}; {path}")
+def command_of() -> str:
+    """The command that makes this run alone."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return shlex.join(["python", "-m", "experiments.prune", *overrides])
 
 
 def is_done(plan: Plan) -> bool:
-    """Whether the record is there, and the model and the masks that are asked for are there and of this run."""
+    """Whether the record is there and sound, and the model and masks that are asked for are there and whole."""
     try:
-        read_record(record_path(Path(plan.config.results_dir), plan.run_id))
+        record = read_record(record_path(Path(plan.config.results_dir), plan.run_id))
     except DassError:
         return False
+    if record["failed"] or not runs_of([record]):
+        return False
     saved, masks = plan.config.save_model, plan.config.masks
-    return (saved is None or card_id(Path(saved)) == plan.run_id) and (
-        masks is None or masks_id(Path(masks)) == plan.run_id
-    )
+    if saved is not None and not is_saved(destination(saved, plan.run_id), plan.run_id):
+        return False
+    if masks is None:
+        return True
+    path = destination(masks, plan.run_id) / MASKS_FILE
+    return path.is_file() and record["files"].get(MASKS_FILE) == file_sha256(path)
 
 
-def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
-    """Do all the stages of a run and return its record; texts are checked before the model is loaded."""
+def run_and_record(plan: Plan, label: str) -> None:
+    """Run, write the record, tell the tracker, and print the outcome in one line.
+
+    Raises:
+        Exception: what saving or evaluating raised, once all that was measured is recorded.
+    """
+    tracking = plan.config.tracking
+    with track(tracking.name, tracking.project, tracking.group, plan.run_id, tracking.folder, plan.composed) as mirror:
+        record, problems = run(plan, mirror.log)
+        path = write_record(Path(plan.config.results_dir), record)
+        log_record(mirror, record)
+        values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
+        print(f"{label}: sparsity {record['sparsity']['targeted']:.4f} of the targeted weights{values}; {path}")
+        for problem in problems[1:]:
+            print(f"error: {sentence(problem)}", file=sys.stderr, flush=True)
+        if problems:
+            raise problems[0]
+
+
+@dataclass
+class Walked:
+    """What a walk over all blocks leaves behind."""
+
+    projections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What each projection went through: pattern, axis, damping."""
+    rare: dict[str, int] = field(default_factory=dict)
+    """Experts that saw too few tokens, so that all of their block's were run through them: how many they saw."""
+    measured: list[BlockDiagnostics] = field(default_factory=list)
+    """Where methods are compared, one for each block."""
+    masks: PackedMasks = field(default_factory=PackedMasks)
+    """Where they are asked for."""
+    batch_size: int = 1
+
+
+def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
+    """Do all the stages of a run; texts are checked before the model is loaded, the model saved before it is scored.
+
+    Returns:
+        The record, and what went wrong in saving or evaluating: neither loses the other.
+    """
     config, stages = plan.config, Stages(plan.device)
     torch.manual_seed(config.seed)
     source, revision = source_of(config.model), config.model.revision
@@ -146,11 +176,11 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
     tokenizer = load_tokenizer(source, revision) if needs_text else None
     calibration = None
     if plan.calibrates:
+        drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
         with stages.measure("calibration"):
-            calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **vars(config.calibration))
-    evaluation = prepare_evaluation(config.evaluation, tokenizer)
-    # a tokenizer takes as much memory as some models: kept only where it is to be saved
-    tokenizer = tokenizer_if_any(source, revision) if config.save_model is not None else None
+            calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
+    evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
+    tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
         model = load_model(source, revision, plan.dtype, plan.device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -158,118 +188,162 @@ def run(plan: Plan, tracker: Tracker) -> dict[str, Any]:
         if tokens is not None:
             require_in_vocabulary(tokens, vocabulary, what)
 
-    report: dict[str, Any] = {}
-    masks = PackedMasks()
-    pruner = pruner_of(plan)
-    if pruner is not None:
+    walked = Walked()
+    if plan.pruners:
         with stages.measure("pruning"):
-            report = prune(plan, pruner, model, calibration, masks, tracker)
+            walked = prune(plan, model, calibration, log)
         calibration = None
         release_freed_memory()
-    sparsity = sparsity_report(model, targeted_projections(plan, model))
-    for name, facts in report.items():
-        sparsity["projections"][name] |= facts
-
-    metrics: list[dict[str, Any]] = []
-    losses: list[float] = []
-    if config.evaluation.name != "none":
-        with stages.measure("evaluation"):
-            metrics, losses = evaluate(evaluation, model, config.batch_size)
-    record = {
+        # what is scored is what is saved, in the source's own dtype
+        round_to(model, resolve_dtype(config.model.dtype, source, revision))
+    record: dict[str, Any] = {
         "id": plan.run_id,
-        "config": plan.composed | {"resolved": {"dtype": plan.dtype}},
+        "identity": plan.fingerprint.as_dict(),
+        "determinants": plan.fingerprint.parts,
+        "command": command_of(),
+        "config": plan.composed | {"resolved": {"dtype": plan.dtype, "batch_size": walked.batch_size}},
         "git": git_state(),
         "versions": package_versions(),
         "machine": machine_description(plan.device),
         "stages": stages.as_dict(),
-        "sparsity": sparsity,
-        "metrics": metrics,
-        "windows": losses,
+        "sparsity": counted(plan, model, walked),
+        "metrics": [],
+        "windows": [],
+        "files": {},
+        "failed": {},
     }
-    if isinstance(pruner, Comparison):
-        record["diagnostics"] = pruner.as_dict()
-    if config.masks is not None:
-        masks.write(Path(config.masks), {key: record[key] for key in ("id", "config", "git", "versions")})
-    if config.save_model is not None:
-        save_model(model, tokenizer, Path(config.save_model), model_card(record))
-    return record
+    if walked.rare:
+        record["experts"] = walked.rare
+    if plan.compares:
+        record["diagnostics"] = diagnostics(walked.measured)
+    problems = attempt(record, "save", partial(save, plan, model, walked.masks, record))
+    if config.evaluation.name != "none":
+        with stages.measure("evaluation"):
+            problems += attempt(record, "evaluation", partial(score, evaluation, model, config.batch_size, record))
+        record["stages"] = stages.as_dict()
+        if config.save_model is not None and not record["failed"]:
+            problems += attempt(record, "save", partial(write_metrics, plan, source, record))
+    return record, problems
 
 
-def tokenizer_if_any(source: str, revision: str | None) -> Any:
-    """The tokenizer to save beside the pruned model; None, and a note, where the source has none."""
+def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list[Exception]:
+    """Do a part of a run whose failure must not lose the rest; the record says why."""
     try:
-        return load_tokenizer(source, revision)
-    except DassError as error:
-        print(f"note: the model is saved without a tokenizer: {error}", file=sys.stderr)
-        return None
+        work()
+    except Exception as error:
+        record["failed"][what] = sentence(error) if isinstance(error, DassError) else f"{type(error).__name__}: {error}"
+        return [error]
+    return []
 
 
-def pruner_of(plan: Plan) -> Pruner | None:
-    """What the walk applies to each block; None for the dense model."""
-    return Comparison(plan.pruners) if plan.compares else next(iter(plan.pruners.values()), None)
+def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[str, Any]) -> None:
+    """Write the masks and the model where they are asked for, and their checksums into the record."""
+    config = plan.config
+    if config.masks is not None:
+        provenance = {key: record[key] for key in ("id", "config", "git", "versions")}
+        path = masks.write(destination(config.masks, plan.run_id), provenance)
+        record["files"][MASKS_FILE] = file_sha256(path)
+    if config.save_model is not None:
+        source, revision = source_of(config.model), config.model.revision
+        folder, dtype = destination(config.save_model, plan.run_id), resolve_dtype(config.model.dtype, source, revision)
+        card = model_card(card_of(plan, source, record))
+        record["files"] |= save_model(model, folder, card, plan.run_id, dtype, source, revision)
 
 
-def targeted_projections(plan: Plan, model: torch.nn.Module) -> list[Any]:
-    """The projections that the run prunes; none for the dense model and where methods are only compared."""
-    pruners = [] if plan.compares else plan.pruners.values()
-    return [p for pruner in pruners for block in find_blocks(model) for p in pruner.projections(block)]
+def score(
+    evaluation: door.Evaluation, model: PreTrainedModel, batch_size: int | None, record: dict[str, Any]
+) -> None:
+    """Evaluate the model, and put the metrics into the record."""
+    scores = door.evaluate(evaluation, model, batch_size)
+    record["metrics"], record["windows"] = scores.metrics, scores.windows
 
 
-def prune(
-    plan: Plan,
-    pruner: Pruner,
-    model: Any,
-    calibration: torch.Tensor | None,
-    masks: PackedMasks,
-    tracker: Tracker,
-) -> dict[str, dict[str, Any]]:
-    """Prune the model in place; collects masks where they are asked for. Returns what each projection went through."""
-    report: dict[str, dict[str, Any]] = {}
-    bar = progress(None, "pruning", "block", len(find_blocks(model)))
+def write_metrics(plan: Plan, source: str, record: dict[str, Any]) -> None:
+    """Put what was measured since into the model card of the saved model."""
+    write_card(destination(str(plan.config.save_model), plan.run_id), model_card(card_of(plan, source, record)))
 
-    def on_block(finished: FinishedBlock) -> None:
-        zeros = weights = 0
-        for pruned in finished.pruned:
-            mask, name = pruned.mask, pruned.projection.name
-            report[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
-            if pruned.damping is not None:
-                report[name] |= {"damping": pruned.damping, "damping_attempts": pruned.damping_attempts}
-            if plan.config.masks is not None:
-                masks.add(name, mask)
-            zeros += mask.keep.numel() - int(mask.keep.sum())
-            weights += mask.keep.numel()
-        sparsity = zeros / max(weights, 1)
-        tracker.log_block(finished.index, finished.seconds, sparsity)
-        say(bar, f"{finished.block.name}: {finished.seconds:.1f} s, sparsity {sparsity:.4f}")
+
+def card_of(plan: Plan, source: str, record: dict[str, Any]) -> Card:
+    """What the model card says."""
+    config, sparsity = plan.config, record["sparsity"]
+    facts = {"method": str(config.method["name"])}
+    for pruner in plan.pruners.values():
+        method = pruner.method
+        roles = dict.fromkeys(one["role"] for one in sparsity["projections"].values())
+        facts["method"] += "".join(f", {name}={value}" for name, value in method.all_parameters().items())
+        facts["pattern"] = str(method.pattern)
+        facts["axis"] = ", ".join(f"{role}: {method.axis_for(role)}" for role in roles)
+        facts["order of the neurons"] = "released"
+        facts["update"] = method.update
+    facts["zeros"] = ", ".join(f"{sparsity[name]:.4f} of {name}" for name in ("targeted", "mlp", "linear", "total"))
+    facts["fingerprint"] = plan.run_id
+    return Card(
+        name=f"{config.model.name} pruned by {config.method['name']}" if plan.pruners else config.model.name,
+        base_model=config.model.hub_id or config.model.name,
+        licence=source_licence(source, config.model.revision),
+        command=record["command"],
+        facts=facts,
+        metrics=record["metrics"],
+    )
+
+
+def counted(plan: Plan, model: PreTrainedModel, walked: Walked) -> dict[str, Any]:
+    """The sparsity of the model, with what each projection went through."""
+    blocks = find_blocks(model, plan.config.model.projections) if plan.pruners else []
+    pruners = [] if plan.compares else list(plan.pruners.values())
+    sparsity = sparsity_report(model, blocks, [p for pr in pruners for block in blocks for p in pr.projections(block)])
+    for name, facts in walked.projections.items():
+        sparsity["projections"][name] |= facts
+    return sparsity
+
+
+@torch.no_grad()
+def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, log: Log) -> Walked:
+    """Prune the model in place, or compare methods on each of its blocks."""
+    config, pruners = plan.config, list(plan.pruners.values())
+    blocks = find_blocks(model, config.model.projections)
+    for pruner in pruners:
+        pruner.check(blocks)
+    size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
+    walked = Walked(batch_size=size)
+    needs = partial(comparison_needs, plan.pruners) if plan.compares else pruners[0].needs
+    bar = progress(None, "pruning", "block", len(blocks))
+    before = time.perf_counter()
+    for step in walk(model, calibration, needs, size, config.calibration.min_expert_tokens, config.model.projections):
+        pruned: list[Pruned] = []
+        if plan.compares:
+            walked.measured.append(compare_block(plan.pruners, step.block, step.streams))
+        else:
+            pruned = pruners[0].prune(step.block, step.streams)
+        sparsity = note(walked, step, pruned, config.masks is not None)
+        before, seconds = time.perf_counter(), time.perf_counter() - before
+        log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
+        say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
         bar.update()
-
-    size = plan.config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
-    prune_model(model, pruner, calibration, size, on_block)
     bar.close()
-    return report
+    if walked.rare:
+        print(
+            f"note: {len(walked.rare)} experts saw too few calibration tokens (the fewest: {min(walked.rare.values())});"
+            f" each was judged by all tokens of its block instead, as the record says",
+            file=sys.stderr,
+        )
+    return walked
 
 
-def model_card(record: dict[str, Any]) -> str:
-    """The README.md of a saved model; its header line `dass_run` is how we know our own folders."""
-    config = OmegaConf.to_yaml(OmegaConf.create(record["config"]))
-    results = "\n".join(f"- {m['dataset']} {m['metric']}: {m['value']:.4f} (n = {m['n']})" for m in record["metrics"])
-    return f"""---
-library_name: transformers
-tags: [pruning, dass]
-dass_run: {record["id"]}
----
-
-# {record["config"]["model"]["name"]} pruned by {record["config"]["method"]["name"]}
-
-{record["sparsity"]["targeted"]:.4f} of the targeted weights are zero, {record["sparsity"]["total"]:.4f} of all.
-
-{results or "Not evaluated."}
-
-Made by [the DaSS reproduction](https://arxiv.org/abs/2405.01943) from this config:
-
-```yaml
-{config}```
-"""
+def note(walked: Walked, step: Step, pruned: list[Pruned], keep_masks: bool) -> float:
+    """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
+    zeros = weights = 0
+    walked.rare |= step.rare
+    for one in pruned:
+        mask, name = one.mask, one.projection.name
+        walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
+        if one.damping is not None:
+            walked.projections[name] |= {"damping": one.damping, "damping_attempts": one.damping_attempts}
+        if keep_masks:
+            walked.masks.add(name, mask)
+        zeros += mask.keep.numel() - int(mask.keep.sum())
+        weights += mask.keep.numel()
+    return zeros / max(weights, 1)
 
 
 if __name__ == "__main__":

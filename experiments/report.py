@@ -1,86 +1,117 @@
-"""Rebuild tables and figures from the run records alone.
+"""Rebuild tables, figures and pages from files alone: manifests, run records, published numbers.
 
-python -m experiments.report                             all perplexities of a folder of records, as one report
-python -m experiments.report tables=table1_perplexity    one experiment, whose missing runs are named
-python -m experiments.report tables=all                  all of them
+python -m experiments.report experiment=table1_perplexity scale=small   one experiment, whose missing runs are named
+python -m experiments.report experiment=all                             all of them at that scale, and the pages
+python -m experiments.report manifest=FILE                              a restricted or changed sweep
+python -m experiments.report records=DIR output=DIR [reference=DIR]     whatever lies in a folder, and what it lacks
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
 
 from dass.errors import DassError
-from dass.records import read_failures, read_records, write_atomically
+from dass.manifests import FOLDER, Manifest, read_manifest, read_manifests
+from dass.records import read_records, write_atomically
 from dass.tracking import track
-from experiments.app import run_app
-from experiments.experiment import experiment_names, load_experiment
-from experiments.identity import design_of_record
+from experiments.cli import run_cli
 from report.figures import write_figure
 from report.grid import to_csv, to_latex, to_markdown
-from report.kinds import KINDS, Material, Report
-from report.published import read_published
-from report.runs import missing_run, runs_of
-from report.tables import comparison
+from report.kinds import Material, Report, find_kind
+from report.page import page_path, render_page
+from report.perplexity import comparison
+from report.published import Published, read_published
+from report.runs import Run, planned_runs, runs_of
 
 
-def report(config: DictConfig) -> None:
-    """Write the tables and figures that `conf/report.yaml` describes, and print the tables.
+@dataclass
+class ReportConfig:
+    """The settings of a report."""
 
-    Raises DassError where a folder holds no record, or there is no such experiment.
+    experiment: str | None = None  # a file of conf/experiment, or all
+    scale: str = "small"  # or paper
+    manifest: str | None = None  # of a sweep, a JSON file
+    records: str = "results/runs"  # folder of run records, one JSON file per run; its manifests lie in it
+    published: str = "results/published"  # folder of published numbers, CSV
+    output: str = "results"  # the tables go to <output>/tables, the figures to <output>/figures
+    reference: str | None = None  # folder of records to compare each run with, by identity
+    page: str | None = None  # a template, NAME.template.md: the page NAME.md is built beside it
+    log_to: str = "none"  # or wandb: log tables and figures into the experiment's group
+
+
+def report(config: ReportConfig) -> None:
+    """Write the tables and figures that the settings ask for, and print the tables.
+
+    Raises DassError where there is no record, no manifest or no such kind of report; nothing is then overwritten.
     """
-    if config.tables is None:
-        _report_folder(config)
-        return
     folder = Path(config.records)
-    records = read_records(folder) if any(folder.glob("*.json")) else []
-    by_design = _by_design(records)
-    failures, published = read_failures(folder), read_published(Path(config.published))
-    names = experiment_names() if config.tables == "all" else [config.tables]
-    for name in names:
-        experiment = load_experiment(name, config.at_scale, list(config.overrides))
-        own = [record for run in experiment.runs for record in by_design.get(run.design, [])]
-        found = runs_of(own)
-        malformed = {record["id"] for record in own} - {run.id for run in found}
-        missing = [
-            missing_run(run.design, run.config, run.calibrates, failures.get(run.design, "not run yet"), found)
-            for run in experiment.runs
-            if all(record["id"] in malformed for record in by_design.get(run.design, []))
-        ]
-        usable = {record["id"]: record for record in own if record["id"] not in malformed}
-        made = KINDS[experiment.kind](Material(found + missing, usable, published))
-        stem = name if config.at_scale == "small" else f"{name}_{config.at_scale}"
-        figures = _write(made, Path(config.output), stem)
-        print(f"{name}: {len(found)} runs, {len(missing)} missing; {config.output}/tables/{stem}.md")
-        if config.tables != "all":
-            print("\n" + to_markdown(made.grids))
-        with track(config.log_to, "dass", name, f"report-{name}", "outputs", {"scale": config.at_scale}) as tracker:
-            tracker.log_report(stem, made.frame, [path for path in figures if path.suffix == ".png"])
-
-
-def _report_folder(config: DictConfig) -> None:
-    """Report all perplexities of a folder; compare with `config.reference` if given."""
-    runs = [run for run in runs_of(read_records(Path(config.records))) if run.perplexity is not None]
+    runs = runs_of(read_records(folder))
     if not runs:
-        raise DassError(f"No perplexity in the records of {config.records}: run `python -m experiments.prune` first.")
-    made = KINDS["perplexity"](Material(runs, {}, read_published(Path(config.published))))
-    _write(made, Path(config.output), "perplexity")
-    print(to_markdown(made.grids))
+        raise DassError(f"No usable record in {folder}: run `python -m experiments.prune` first.")
+    published = read_published(Path(config.published))
+    if config.page is not None:
+        template = Path(config.page)
+        write_atomically(page_path(template), render_page(template, runs, read_manifests(folder)))
+        return
+    if config.experiment is None and config.manifest is None:
+        _report_folder(config, runs, published)
+        return
+    without = []
+    for manifest in _manifests(config):
+        planned = planned_runs(manifest, runs)
+        missing = [run for run in planned if run.record is None]
+        if len(missing) == len(planned):
+            without.append(manifest.name)
+            continue
+        made = find_kind(manifest.report)(Material(planned, published))
+        name = manifest.name.removesuffix("-small")
+        figures = _write(made, Path(config.output), name)
+        print(f"{name}: {len(planned) - len(missing)} runs, {len(missing)} missing; {config.output}/tables/{name}.md")
+        if config.experiment != "all":
+            print("\n" + to_markdown(made.grids))
+        group, given = manifest.experiment or manifest.name, {"scale": manifest.scale}
+        with track(config.log_to, "dass", group, f"report-{name}", "outputs", given) as tracker:
+            tracker.log_report(name, made.frame, [path for path in figures if path.suffix == ".png"])
+        _compare(config, planned)
+    if without:
+        raise DassError(f"No run of {', '.join(without)} has a record in {folder}: launch the sweep first.")
+
+
+def _manifests(config: ReportConfig) -> list[Manifest]:
+    """Those that the settings name."""
+    if config.manifest is not None:
+        return [read_manifest(Path(config.manifest))]
+    whole = [m for m in read_manifests(Path(config.records)) if m.name == f"{m.experiment}-{config.scale}"]
+    chosen = [manifest for manifest in whole if config.experiment in ("all", manifest.experiment)]
+    if not chosen:
+        known = ", ".join(str(manifest.experiment) for manifest in whole) or "none"
+        raise DassError(
+            f"{config.records} has no sweep of experiment={config.experiment} scale={config.scale} (it has {known}): "
+            f"launch it with `python -m experiments.prune experiment={config.experiment} scale={config.scale}`."
+        )
+    return chosen
+
+
+def _report_folder(config: ReportConfig, runs: list[Run], published: list[Published]) -> None:
+    """Report all perplexities of a folder, and list the sweeps whose manifests lie in it."""
+    scored = [run for run in runs if run.perplexity is not None]
+    if scored:
+        made = find_kind("perplexity")(Material(scored, published))
+        _write(made, Path(config.output), "perplexity")
+        print(to_markdown(made.grids))
+    _compare(config, scored)
+    for manifest in read_manifests(Path(config.records)):
+        found = sum(run.record is not None for run in planned_runs(manifest, runs))
+        path = Path(config.records) / FOLDER / f"{manifest.name}.json"
+        missing = len({run.fingerprint or index for index, run in enumerate(manifest.runs)}) - found
+        print(f"{manifest.name}: {found} runs, {missing} missing; python -m experiments.report manifest={path}")
+    if not scored:
+        raise DassError(f"No perplexity in the records of {config.records}: report its sweeps by their manifests.")
+
+
+def _compare(config: ReportConfig, runs: list[Run]) -> None:
     if config.reference is not None:
         print(f"Compared with the records of {config.reference}:\n")
         print(comparison(runs, runs_of(read_records(Path(config.reference)))))
-
-
-def _by_design(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records by what their runs were to do; one with a config that does not fit is named on stderr and left out."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        try:
-            found.setdefault(design_of_record(record), []).append(record)
-        except DassError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    return found
 
 
 def _write(made: Report, output: Path, name: str) -> list[Path]:
@@ -92,4 +123,4 @@ def _write(made: Report, output: Path, name: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_app(report, "report")
+    run_cli(report, ReportConfig)

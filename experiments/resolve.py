@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dass.data import assets
 from dass.errors import DassError
 from dass.models import require_dtype, resolve_device, resolve_dtype
+from dass.pruning.comparison import check_comparison
 from dass.pruning.method import BlockPruner
-from dass.records import identity_of
-from dass.training.tiny import trained_model
-from experiments.identity import determinants, needs_calibration
+from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, source_of
 from experiments.methods import pruners_of
 from experiments.schema import ModelConfig, PruneConfig, typed
 
@@ -45,7 +43,12 @@ class Plan(Checked):
 
     dtype: str
     device: torch.device
-    run_id: str
+    fingerprint: Fingerprint
+
+    @property
+    def run_id(self) -> str:
+        """The identity in 16 hex digits."""
+        return self.fingerprint.id
 
 
 def check(config: DictConfig) -> Checked:
@@ -57,20 +60,25 @@ def check(config: DictConfig) -> Checked:
     composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
     _require_known_keys(config)
     plain = typed(config)
+    _require_one_model(plain.model)
     _require_separate_folders(plain)
     if not 0 <= plain.seed < 2**63:
-        raise DassError(f"seed={plain.seed} must be between 0 and 2^63 - 1.")
+        raise DassError(f"seed={plain.seed} must be between 0 and 2^63 - 1.", field="seed")
     pruners = pruners_of(plain)
     for name, asked in (("masks", plain.masks), ("save_model", plain.save_model)):
         if asked is not None and len(pruners) > 1:
             raise DassError(f"{name}=DIR has nothing to write where methods are only compared: choose one method.")
     if not pruners and plain.masks is not None:
         raise DassError("masks=DIR has nothing to write for the dense model: choose a method that prunes.")
-    if len(pruners) > 1 and plain.evaluation.name != "none":
-        raise DassError("method=compare leaves the model dense: set evaluation=none.")
+    if len(pruners) > 1:
+        check_comparison(pruners)
+        if plain.evaluation.name != "none":
+            raise DassError("method=compare leaves the model dense: set evaluation=none.")
     if plain.batch_size is not None and plain.batch_size < 1:
         raise DassError(f"batch_size={plain.batch_size} must be at least 1, or null for one that fits the memory.")
-    determinants(plain, pruners, contents=False)
+    needed = plain.calibration.min_expert_tokens
+    if needed is not None and needed < 1:
+        raise DassError(f"min_expert_tokens={needed} must be at least 1.", field="calibration.min_expert_tokens")
     return Checked(plain, composed, pruners)
 
 
@@ -82,21 +90,12 @@ def resolve(config: DictConfig) -> Plan:
     """
     checked = check(config)
     model, device = checked.config.model, resolve_device(checked.config.device)
-    found = determinants(checked.config, checked.pruners, contents=True)
     dtype = model.dtype
     if dtype == "auto":  # on the CPU known without fetching the model
         dtype = "float32" if device.type == "cpu" else resolve_dtype(dtype, source_of(model), model.revision)
     require_dtype(dtype)
-    return Plan(**vars(checked), dtype=dtype, device=device, run_id=identity_of(found | {"dtype": dtype}))
-
-
-def source_of(model: ModelConfig) -> str:
-    """What to load: a hub id or a folder, which for a packaged model is made on first need."""
-    if model.packaged is not None:
-        return str(assets.packaged_model(model.packaged))
-    if model.trained is not None:
-        return str(trained_model(model.trained))
-    return str(model.path or model.hub_id)
+    fingerprint = fingerprint_of(checked.config, checked.pruners, dtype)
+    return Plan(**vars(checked), dtype=dtype, device=device, fingerprint=fingerprint)
 
 
 def loads(checked: Checked) -> list[str]:
@@ -124,6 +123,19 @@ def _require_known_keys(config: DictConfig) -> None:
             unknown = [f"{name}.{inner!s}" for inner in node if inner not in list(schema[name])]
         if unknown:
             raise DassError(f"There is no setting {unknown[0]}: see the files in conf/ for those that exist.")
+
+
+def _require_one_model(model: ModelConfig) -> None:
+    """Where the model comes from is said once, and how it is laid out in words."""
+    sources = ("packaged", "trained", "hub_id", "path")
+    given = [name for name in sources if getattr(model, name) is not None]
+    if model.name == "local" and model.path is None:
+        raise DassError("model=local needs a folder: give `model.path=DIR`.")
+    if len(given) != 1:
+        raise DassError(f"model={model.name} must set one of {', '.join(sources)}; it sets {given or 'none'}.")
+    words = model.projections
+    if words is not None and not (isinstance(words, dict) and all(isinstance(word, str) for word in words.values())):
+        raise DassError("The projections must be {gate: REGEX, up: REGEX, down: REGEX}.", field="model.projections")
 
 
 def _require_separate_folders(config: PruneConfig) -> None:

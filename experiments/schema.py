@@ -21,6 +21,7 @@ class ModelConfig:
     path: str | None = None
     dtype: str = "auto"
     bos: str = "tokenizer"
+    projections: Any = None  # {role: regular expression}; OmegaConf cannot fill an optional dictionary
     architecture: dict[str, Any] = field(default_factory=dict)
     """Entries of transformers' config that fix the shapes, for `experiments.plan` without the hub; no run reads it."""
 
@@ -45,6 +46,8 @@ class CalibrationConfig:
     seq_len: int | None = None
     bos: str = "tokenizer"
     join: bool = False
+    revision: str | None = None
+    min_expert_tokens: int | None = None
 
 
 @dataclass
@@ -57,6 +60,7 @@ class EvaluationConfig:
     n_windows: int | None = None
     limit: int | None = None
     bos: str = "tokenizer"
+    revision: str | None = None
 
 
 @dataclass
@@ -71,15 +75,13 @@ class TrackingConfig:
 
 @dataclass
 class MethodConfig:
-    """The part of conf/method that all methods share; further keys are parameters of the criterion."""
+    """The part of conf/method that all methods share; further keys are parameters of criterion and update."""
 
     name: str = "???"
     criterion: str | None = None
     axis: dict[str, str] = field(default_factory=dict)
     update: str = "none"
     exclude: str | None = None
-    damping: float = 0.01
-    block_size: int = 128
 
 
 @dataclass

@@ -20,6 +20,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -60,7 +61,7 @@ class GridsSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's hook: bring the launcher."""
         self.hydra_context = hydra_context
-        self.config = config
+        self.config: DictConfig = config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -73,7 +74,15 @@ class GridsSweeper(Sweeper):
                 raise HydraException(f"{argument}: one experiment at one scale is a sweep; give one after the other.")
         jobs = jobs_of(self.grids, self.scales.get(self.scale or "", [{}]), arguments)
         self.validate_batch_is_legal(jobs)
+        from experiments.sweep import finish_sweep, plan_sweep, write_sweep  # late: Hydra scans all plugins
+
+        folder, manifest = Path(self.config.get("results_dir", ".")), plan_sweep(self.config, jobs, arguments)
+        if manifest is not None:
+            write_sweep(folder, manifest)
         results = self.launcher.launch(jobs, initial_job_idx=0)
+        if manifest is not None:
+            path = finish_sweep(folder, manifest, results)
+            print(f"report: python -m experiments.report manifest={path}", flush=True)
         failed = [result for result in results if result.status != JobStatus.COMPLETED]
         if failed:
             print(f"{len(failed)} of {len(jobs)} runs failed:", file=sys.stderr)

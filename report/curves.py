@@ -1,75 +1,58 @@
-"""Figures with lines: perplexity over alpha, over the calibration set, over sparsity; and bars of time and accuracy."""
+"""Figures of perplexity: over pattern, over alpha, over sparsity; and of the difference to Wanda."""
 
-from collections.abc import Iterable
+import math
+import textwrap
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from report.cells import Cell, Table, paired_difference, strictness
-from report.figures import COLUMN_WIDTH, METHOD_STYLE, Style, label_styles, set_perplexity_scale
-
-PANEL_HEIGHT = 1.9  # inches
+from report.figures import METHOD_STYLE, Style, legend, level, line, panels, set_perplexity_scale, variant_styles
+from report.tables import Cell, Table, Variant, paired_difference
 
 
-def option(cell: Cell, name: str) -> str | None:
-    """The value of an option of the cell's method, such as alpha; None where the method has none."""
-    found = [text.partition("=")[2] for text in cell.runs[0].options if text.startswith(f"{name}=")]
-    return found[0] if found else None
-
-
-def panels(count: int, extra: float = 0.5) -> tuple[Figure, list[Axes]]:
-    """A figure of one column's width with panels below each other; `extra` inches for the legend."""
-    figure = Figure(figsize=(COLUMN_WIDTH, PANEL_HEIGHT * count + extra), layout="constrained")
-    return figure, list(figure.subplots(count, squeeze=False)[:, 0])
-
-
-def line(
-    axes: Axes, x: Iterable[float], y: Iterable[float], error: Iterable[float], style: Style, dashed: bool
-) -> None:
-    """One method's line with error bars; dashed with open markers for the second of two kinds."""
-    axes.errorbar(
-        list(x),
-        list(y),
-        yerr=list(error),
-        color=style.color,
-        marker=style.marker,
-        markersize=3.5,
-        markerfacecolor="white" if dashed else style.color,
-        linestyle=":" if dashed else "-",
-        linewidth=0.9,
-        elinewidth=0.8,
-        capsize=1.5,
-    )
-
-
-def legend(figure: Figure, styles: dict[str, Style], note: str, columns: int = 3) -> None:
-    """One legend for all panels, below them."""
-    handles = [
-        Line2D([], [], color=s.color, marker=s.marker, markersize=3.5, linestyle="-" if s.marker else "--")
-        for s in styles.values()
-    ]
-    figure.legend(handles, list(styles), loc="outside lower center", ncols=columns, frameon=False, title=note)
+def perplexity_figure(tables: list[Table]) -> Figure:
+    """Who wins: one panel per table. Filled markers: the best, or in a draw with it."""
+    styles = variant_styles(tables)
+    longest = max(len(variant.label) for variant in styles)
+    columns = 3 if longest < 12 else 2 if longest < 19 else 1
+    figure, axes_list = panels(len(tables), 0.17 * -(-len(styles) // columns) + 0.3, 2.2)
+    for axes, table in zip(axes_list, tables, strict=True):
+        found = _framed(axes, table, styles)
+        for x, pattern in enumerate(table.patterns):
+            cells = [cell for cell in found if cell.pattern == pattern]
+            step = min(0.16, 0.8 / max(len(cells), 1))
+            for number, cell in enumerate(cells):
+                place = x + step * (number - (len(cells) - 1) / 2)
+                is_best = cell.variant in table.best(pattern)
+                line(axes, [place], [cell.perplexity], [cell.mean("stderr")], styles[cell.variant], not is_best)
+        axes.set_xticks(range(len(table.patterns)), list(map(str, table.patterns)))
+        axes.set_xlim(-0.6, max(len(table.patterns), 1) - 0.4)
+        alike = len({other.facts["model"] for other in tables}) == len(tables)
+        names = ("model",) if alike else ("model", "evaluation", "pruned", "calibration")
+        differing = [table.facts[name] for name in names if len({other.facts[name] for other in tables}) > 1]
+        axes.set_title("\n".join(textwrap.wrap(", ".join(differing) or table.facts["model"], 52)))
+    axes_list[-1].set_xlabel("pattern")
+    note = "filled: best of its pattern, or in a draw with it"
+    legend(figure, _labelled(styles), note, columns, joined=False)
+    return figure
 
 
 def alpha_figure(tables: list[Table]) -> Figure:
     """Perplexity over DaSS's alpha, a panel for each model and pattern; Wanda as a level."""
-    places = [(table, pattern) for table in tables for pattern in table.patterns if pattern != "dense"]
+    places = [(table, pattern) for table in tables for pattern in table.patterns]
     figure, axes_list = panels(len(places))
+    shown = {"dass": METHOD_STYLE["dass"], "wanda": Style(METHOD_STYLE["wanda"].color, "")}
     for axes, (table, pattern) in zip(axes_list, places, strict=True):
         cells = [cell for cell in table.cells if cell.found and cell.pattern == pattern]
-        swept = [(float(option(cell, "alpha") or 0), cell) for cell in cells if cell.method == "dass"]
-        swept.sort(key=lambda pair: pair[0])
-        line(axes, [a for a, _ in swept], *_points([c for _, c in swept]), METHOD_STYLE["dass"], False)
+        swept = [cell for cell in cells if "alpha" in cell.runs[0].parameters]
+        _draw(axes, sorted((cell.runs[0].parameters["alpha"], cell) for cell in swept), shown["dass"], False)
         for cell in cells:
-            if cell.method == "wanda":
-                axes.axhline(cell.perplexity, color=METHOD_STYLE["wanda"].color, linestyle="--", linewidth=0.8)
+            if cell.variant.method == "wanda":
+                level(axes, cell.perplexity, shown["wanda"])
         axes.set_xlim(-0.05, 1.05)
         axes.set_title(f"{table.facts['model']}, {pattern}")
         axes.set_ylabel(f"perplexity, {table.dataset}")
     axes_list[-1].set_xlabel("alpha")
-    shown = {"dass": METHOD_STYLE["dass"], "wanda": Style(METHOD_STYLE["wanda"].color, "")}
     legend(figure, shown, "± 1 standard error")
     return figure
 
@@ -77,53 +60,60 @@ def alpha_figure(tables: list[Table]) -> Figure:
 def curve_figure(tables: list[Table]) -> Figure:
     """Perplexity over sparsity: unstructured as full lines, N:M as dotted ones with open markers."""
     figure, axes_list = panels(len(tables), 0.8)
-    styles = label_styles(tables)
+    styles = variant_styles(tables)
     for axes, table in zip(axes_list, tables, strict=True):
-        found = [cell for cell in table.cells if cell.found]
-        for label, style in styles.items():
-            own = [cell for cell in found if cell.label == label]
-            if label == "dense":
-                axes.axhline(own[0].perplexity if own else np.nan, color=style.color, linestyle="--", linewidth=0.8)
-                continue
+        found = _framed(axes, table, styles)
+        for variant, style in styles.items():
             for structured in (False, True):
-                cells = sorted(
-                    (c for c in own if (":" in c.pattern) == structured), key=lambda cell: strictness(cell.pattern)
-                )
-                sparsity = [100 * strictness(cell.pattern)[0] for cell in cells]
-                if cells:
-                    line(axes, sparsity, *_points(cells), style, structured)
-        set_perplexity_scale(axes, [cell.perplexity for cell in found])
+                own = [cell for cell in found if cell.variant == variant]
+                own = [cell for cell in own if math.isfinite(cell.pattern.smallness) == structured]
+                _draw(axes, sorted((100 * cell.pattern.sparsity, cell) for cell in own), style, structured)
         axes.set_title(table.facts["model"])
-        axes.set_ylabel(f"perplexity, {table.dataset}")
     axes_list[-1].set_xlabel("share of pruned weights [%]")
-    legend(figure, styles, "full: unstructured; dotted, open: N:8; ± 1 standard error")
+    legend(figure, _labelled(styles), "full: unstructured; dotted, open: N:8; ± 1 standard error")
     return figure
 
 
-def difference_figure(tables: list[Table], names: list[str]) -> Figure:
+def difference_figure(tables: list[Table]) -> Figure:
     """Difference of each method's loss to Wanda's, a group for each model and a panel for each pattern."""
-    patterns = [p for p in dict.fromkeys(p for table in tables for p in table.patterns) if p != "dense"]
+    patterns = sorted({pattern for table in tables for pattern in table.patterns})
     figure, axes_list = panels(len(patterns), 0.8)
-    styles = {k: v for k, v in label_styles(tables).items() if k not in ("dense", "wanda")}
+    styles = {v: style for v, style in variant_styles(tables).items() if v.method not in ("dense", "wanda")}
     for axes, pattern in zip(axes_list, patterns, strict=True):
-        axes.axhline(0, color=METHOD_STYLE["wanda"].color, linestyle="--", linewidth=0.8)
-        for number, (label, style) in enumerate(styles.items()):
+        level(axes, 0, METHOD_STYLE["wanda"])
+        for number, (variant, style) in enumerate(styles.items()):
             for index, table in enumerate(tables):
-                cell, wanda = table.cell(pattern, label), table.cell(pattern, table.reference)
-                difference = paired_difference(cell, wanda) if cell and wanda else None
-                if difference:
+                cell, wanda = table.cell(pattern, variant), table.cell(pattern, table.reference)
+                if cell and wanda and (difference := paired_difference(cell, wanda)):
                     x = index + 0.18 * (number - (len(styles) - 1) / 2)
                     line(axes, [x], [difference.mean], [difference.stderr], style, not difference.counts)
-        axes.set_xticks(range(len(tables)), names)
+        axes.set_xticks(range(len(tables)), [table.runs[0].model.replace("_", "\n") for table in tables])
         axes.tick_params(axis="x", labelsize=6)
         axes.set_yscale("symlog", linthresh=0.01)
         axes.margins(y=0.1)
-        axes.set_title(pattern)
+        axes.set_title(str(pattern))
         axes.set_ylabel("Δ loss to Wanda [nats]")
-    legend(figure, styles, "± 1 standard error; open: cannot be told apart from Wanda")
+    legend(figure, _labelled(styles), "± 1 standard error; open: cannot be told apart from Wanda")
     return figure
 
 
-def _points(cells: list[Cell]) -> tuple[list[float], list[float]]:
-    """Perplexities and their standard errors."""
-    return [cell.perplexity for cell in cells], [cell.mean("stderr") or 0.0 for cell in cells]
+def _framed(axes: Axes, table: Table, styles: dict[Variant, Style]) -> list[Cell]:
+    """Draw the axis and the dense level; returns the other cells that have a result."""
+    found = [cell for cell in table.cells if cell.found]
+    set_perplexity_scale(axes, [cell.perplexity for cell in found])
+    axes.set_ylabel(f"perplexity, {table.dataset}")
+    for cell in found:
+        if cell.variant.method == "dense":
+            level(axes, cell.perplexity, styles[cell.variant])
+    return [cell for cell in found if cell.variant.method != "dense"]
+
+
+def _draw(axes: Axes, points: list[tuple[float, Cell]], style: Style, is_open: bool) -> None:
+    if points:
+        cells = [cell for _, cell in points]
+        errors = [cell.mean("stderr") for cell in cells]
+        line(axes, [x for x, _ in points], [cell.perplexity for cell in cells], errors, style, is_open)
+
+
+def _labelled(styles: dict[Variant, Style]) -> dict[str, Style]:
+    return {variant.label: style for variant, style in styles.items()}

@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from dass.pruning.blocks import INPUT_OF_ROLE, MLP_ROLES
+from dass.pruning.blocks import MLP_ROLES, ROLES
 from report.grid import MISSING, Grid
 
 Measured = dict[str, dict[str, Any]]
@@ -51,38 +51,13 @@ NORMS_LEGEND = (
 )
 
 
-def diagnostics_grids(measured: Measured, facts: dict[str, str]) -> list[Grid]:
-    """Three tables with all models: errors by method, overlaps by pair of methods, norms.
-
-    Args:
-        facts: what holds for all rows.
-    """
-    grids = []
-    for kind, title, what, legend in (
-        ("errors", "Relative output error", "Method", ERROR_LEGEND),
-        ("jaccard", "Overlap of the masks", "Methods", JACCARD_LEGEND),
-    ):
-        roles = [role for role in INPUT_OF_ROLE if any(role in by_role for _, _, by_role in _entries(measured, kind))]
-        rows = [
-            [model, name.replace("|", ", "), *(_mean(by_role.get(role, [])) for role in roles)]
-            for model, name, by_role in _entries(measured, kind)
-        ]
-        grids.append(Grid(title, ("Model", what, *roles), rows, facts, legend))
-    rows = []
-    for model, one in measured.items():
-        found = [[x for x in one["norms"][name] if x is not None] for name in NORMS]
-        for word, reduce in (("mean", np.mean), ("lowest", np.min), ("highest", np.max)):
-            rows.append([model, word, *(f"{reduce(values):.3f}" if values else MISSING for values in found)])
-    headers = ("Model", "Of the blocks", "n: std / mean", "n: 90th / 10th percentile", "Reordered")
-    return [*grids, Grid("Spread of the intermediate norms", headers, rows, facts, NORMS_LEGEND)]
-
-
 def diagnostics_frame(measured: Measured) -> pd.DataFrame:
-    """All numbers, one row each: model, measure, methods, role, block, value (missing ones as NaN)."""
+    """All numbers, one tidy row each: model, measure, methods, role, block, value (missing ones as NaN)."""
     rows = [
         (model, kind, name, role, block, value)
         for kind in MAPS
-        for model, name, by_role in _entries(measured, kind)
+        for model, one in measured.items()
+        for name, by_role in one[kind].items()
         for role, values in by_role.items()
         for block, value in enumerate(values)
     ]
@@ -92,7 +67,31 @@ def diagnostics_frame(measured: Measured) -> pd.DataFrame:
         for name in NORMS
         for block, value in enumerate(one["norms"][name])
     ]
-    return pd.DataFrame(rows, columns=["model", "measure", "methods", "role", "block", "value"])
+    frame = pd.DataFrame(rows, columns=["model", "measure", "methods", "role", "block", "value"])
+    return frame.astype({"block": int, "value": float})
+
+
+def diagnostics_grids(measured: Measured, facts: dict[str, str]) -> list[Grid]:
+    """Three tables with all models: errors by method, overlaps by pair of methods, norms.
+
+    Args:
+        facts: what holds for all rows.
+    """
+    frame = diagnostics_frame(measured)
+    grids = []
+    for kind, title, what, legend in (
+        ("errors", "Relative output error", "Method", ERROR_LEGEND),
+        ("jaccard", "Overlap of the masks", "Methods", JACCARD_LEGEND),
+    ):
+        means = frame[frame.measure == kind].groupby(["model", "methods", "role"], sort=False).value.mean().unstack()
+        shown = _shown(means[[role for role in ROLES if role in means]])
+        shown["methods"] = shown["methods"].str.replace("|", ", ")
+        grids.append(Grid(title, shown.rename(columns={"model": "Model", "methods": what}), facts, legend))
+    norms = frame[frame.measure.isin(list(NORMS))].groupby(["model", "measure"], sort=False).value
+    found = norms.agg(["mean", "min", "max"]).stack().unstack("measure").reindex(columns=list(NORMS))
+    headers = ["Model", "Of the blocks", "n: std / mean", "n: 90th / 10th percentile", "Reordered"]
+    shown = _shown(found).set_axis(headers, axis=1).replace({"min": "lowest", "max": "highest"})
+    return [*grids, Grid("Spread of the intermediate norms", shown, facts, NORMS_LEGEND)]
 
 
 def diagnostics_figure(measured: Measured) -> Figure:
@@ -150,22 +149,17 @@ def _heat_maps(panels: list[Axes], by_name: ByName, kind: str, scale: Normalize)
 
 def _scale(measured: Measured, kind: str) -> Normalize:
     """One scale for the MLPs of all models."""
-    lists = [by_role.get(role, []) for _, _, by_role in _entries(measured, kind) for role in MLP_ROLES]
-    return _norm(value for values in lists for value in values)
+    frame = diagnostics_frame(measured)
+    return _norm(frame[(frame.measure == kind) & frame.role.isin(MLP_ROLES)].value)
 
 
 def _norm(values: Iterable[float | None]) -> Normalize:
     """From the lowest to the highest number; where they are more than a decade apart logarithmic, at most two long."""
-    found = [value for value in values if value is not None]
+    found = [value for value in values if not pd.isna(value)]
     low, high = min(found, default=0.0), max(found, default=1.0)
     return LogNorm(max(low, high / LOG_SPAN), high) if high > LOG_ABOVE * low > 0 else Normalize(low, high)
 
 
-def _entries(measured: Measured, kind: str) -> list[tuple[str, str, ByRole]]:
-    """Model, method or pair, and its numbers by role."""
-    return [(model, name, by_role) for model, one in measured.items() for name, by_role in one[kind].items()]
-
-
-def _mean(values: list[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    return f"{np.mean(found):.3f}" if found else MISSING
+def _shown(means: pd.DataFrame) -> pd.DataFrame:
+    """Numbers as text, and what names the rows as columns before them."""
+    return means.map(lambda value: MISSING if pd.isna(value) else f"{value:.3f}").reset_index()

@@ -1,12 +1,11 @@
-"""How figures look and are written, and the figure of who wins: perplexity over pattern, a panel for each table.
+"""How figures look and are written: one style for each method, panels below each other, one legend for all of them.
 
 No pyplot: no global state and no display; PNG files are drawn by Agg.
 """
 
 import io
-import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dass.records import write_atomically
-from report.cells import Table, rank
+from report.tables import Table, Variant
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ METHOD_STYLE = {
 OTHER_COLORS = ("#CC79A7", "#56B4E9", "#999999", "#F0E442")  # methods to come, by name
 VARIANT_MARKERS = ("v", "<", ">", "h", "8", "d", "*")  # further rows of one method keep its colour
 COLUMN_WIDTH = 3.3  # inches, of a two-column paper
+PANEL_HEIGHT = 1.9  # inches
 LOG_ABOVE = 5.0  # ratio of the largest to the smallest perplexity
 DECADES_ABOVE = 1000.0  # the same, where only powers of ten have room as ticks
 RC: dict[Any, Any] = {
@@ -52,72 +52,62 @@ RC: dict[Any, Any] = {
 }
 
 
-def label_styles(tables: list[Table]) -> dict[str, Style]:
-    """The style of each row label, in reading order; the variant of a method that was run most keeps its marker."""
-    cells = [cell for table in tables for cell in table.cells]
-    methods, counts = {cell.label: cell.method for cell in cells}, Counter(cell.label for cell in cells)
-    others = sorted(set(methods.values()) - set(METHOD_STYLE))
+def style_of(method: str) -> Style:
+    """The style of a method as such, whichever others there are."""
+    return METHOD_STYLE.get(method, Style(OTHER_COLORS[0], "p"))
+
+
+def variant_styles(tables: list[Table]) -> dict[Variant, Style]:
+    """The style of each row, in reading order; the variant of a method that was run most keeps its marker."""
+    counts = Counter(cell.variant for table in tables for cell in table.cells)
+    others = sorted({variant.method for variant in counts} - set(METHOD_STYLE))
     base = METHOD_STYLE | {name: Style(OTHER_COLORS[i % len(OTHER_COLORS)], "p") for i, name in enumerate(others)}
-    styles: dict[str, Style] = {}
-    for label in sorted(methods, key=lambda label: (-counts[label], label)):
-        style = base[methods[label]]
-        earlier = sum(methods[other] == methods[label] for other in styles)
+    styles: dict[Variant, Style] = {}
+    for variant in sorted(counts, key=lambda variant: (-counts[variant], variant)):
+        style = base[variant.method]
+        earlier = sum(variant.method == other.method for other in styles)
         marker = VARIANT_MARKERS[(earlier - 1) % len(VARIANT_MARKERS)] if earlier else style.marker
-        styles[label] = Style(style.color, marker)
-    return {label: styles[label] for label in sorted(styles, key=rank)}
+        styles[variant] = Style(style.color, marker)
+    return {variant: styles[variant] for variant in sorted(styles)}
 
 
-def perplexity_figure(tables: list[Table]) -> Figure:
-    """One panel per table, a legend for all of them below. Filled markers: the best, or in a draw with it."""
-    styles = label_styles(tables)
-    longest = max(map(len, styles))
-    columns = 3 if longest < 12 else 2 if longest < 19 else 1
-    height = 2.2 * len(tables) + 0.17 * -(-len(styles) // columns) + 0.3
-    figure = Figure(figsize=(COLUMN_WIDTH, height), layout="constrained")
-    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
-    for axes, table in zip(panels, tables, strict=True):
-        _panel(axes, table, styles)
-        models = {other.facts["model"] for other in tables}
-        names = ("model",) if len(models) == len(tables) else ("model", "evaluation", "pruned", "calibration")
-        differing = [table.facts[name] for name in names if len({other.facts[name] for other in tables}) > 1]
-        axes.set_title("\n".join(textwrap.wrap(", ".join(differing) or table.facts["model"], 52)))
-    panels[-1].set_xlabel("pattern")
+def panels(count: int, extra: float = 0.5, height: float = PANEL_HEIGHT) -> tuple[Figure, list[Axes]]:
+    """A figure of one column's width with panels below each other; `extra` inches for the legend."""
+    figure = Figure(figsize=(COLUMN_WIDTH, height * count + extra), layout="constrained")
+    return figure, list(figure.subplots(count, squeeze=False)[:, 0])
+
+
+def line(
+    axes: Axes, x: Iterable[float], y: Iterable[float], error: Iterable[float | None], style: Style, is_open: bool
+) -> None:
+    """One method's line with error bars; dotted with open markers for the second of two kinds."""
+    axes.errorbar(
+        list(x),
+        list(y),
+        yerr=[value or 0.0 for value in error],
+        color=style.color,
+        marker=style.marker,
+        markersize=3.5,
+        markerfacecolor="white" if is_open else style.color,
+        linestyle=":" if is_open else "-",
+        linewidth=0.9,
+        elinewidth=0.8,
+        capsize=1.5,
+    )
+
+
+def level(axes: Axes, y: float, style: Style) -> None:
+    """A dashed line across the panel."""
+    axes.axhline(y, color=style.color, linestyle="--", linewidth=0.8, zorder=0)
+
+
+def legend(figure: Figure, styles: dict[str, Style], note: str, columns: int = 3, joined: bool = True) -> None:
+    """One legend for all panels, below them."""
     handles = [
-        Line2D([], [], color=style.color, marker=style.marker, markersize=3.5, linestyle="" if style.marker else "--")
-        for style in styles.values()
+        Line2D([], [], color=s.color, marker=s.marker, markersize=3.5, ls=("-" if joined else "") if s.marker else "--")
+        for s in styles.values()
     ]
-    note = "filled: best of its pattern, or in a draw with it"
     figure.legend(handles, list(styles), loc="outside lower center", ncols=columns, frameon=False, title=note)
-    return figure
-
-
-def _panel(axes: Axes, table: Table, styles: dict[str, Style]) -> None:
-    patterns = [pattern for pattern in table.patterns if pattern != "dense"]
-    found = [cell for cell in table.cells if cell.found]
-    for cell in found:
-        style = styles[cell.label]
-        if cell.method == "dense":
-            axes.axhline(cell.perplexity, color=style.color, linestyle="--", linewidth=0.8, zorder=0)
-            continue
-        labels = [other.label for other in found if other.pattern == cell.pattern]
-        step = min(0.16, 0.8 / len(labels))
-        x = patterns.index(cell.pattern) + step * (labels.index(cell.label) - (len(labels) - 1) / 2)
-        face = style.color if cell.label in table.best(cell.pattern) else "white"
-        axes.errorbar(
-            x,
-            cell.perplexity,
-            yerr=cell.mean("stderr"),
-            color=style.color,
-            marker=style.marker,
-            markersize=3.5,
-            markerfacecolor=face,
-            elinewidth=0.8,
-            capsize=1.5,
-        )
-    axes.set_xticks(range(len(patterns)), patterns)
-    axes.set_xlim(-0.6, max(len(patterns), 1) - 0.4)
-    axes.set_ylabel(f"perplexity, {table.dataset}")
-    set_perplexity_scale(axes, [cell.perplexity for cell in found])
 
 
 def set_perplexity_scale(axes: Axes, values: list[float]) -> None:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
-from tabulate import tabulate
 
 MISSING = "—"
 LATEX = str.maketrans(
@@ -18,16 +18,15 @@ class Grid:
     """One table with what a reader must know beside it."""
 
     title: str
-    headers: tuple[str, ...]
-    rows: list[list[str]]
-    """Plain text, as many as headers each."""
+    frame: pd.DataFrame
+    """Plain text; numbers are ready to be shown."""
     facts: dict[str, str] = field(default_factory=dict)
     """What holds for all rows."""
     legend: str = ""
     """How to read marks and errors."""
     bold: frozenset[tuple[int, int]] = frozenset()
     """Row and column of the cells in bold."""
-    text_columns: int = 2
+    words: int = 2
     """So many columns from the left are words; the others are numbers."""
 
 
@@ -35,12 +34,11 @@ def to_markdown(grids: list[Grid]) -> str:
     """All tables as Markdown; a legend that they share stands once, behind the last."""
     parts = []
     for index, grid in enumerate(grids):
-        rows = [
-            [f"**{text}**" if (i, j) in grid.bold else text.replace("|", r"\|") for j, text in enumerate(row)]
-            for i, row in enumerate(grid.rows)
-        ]
-        align = ["left" if j < grid.text_columns else "right" for j in range(len(grid.headers))]
-        table = tabulate(rows, grid.headers, "pipe", disable_numparse=True, colalign=align if rows else None)
+        frame = grid.frame.map(lambda text: text.replace("|", r"\|"))
+        for i, j in grid.bold:
+            frame.iat[i, j] = f"**{frame.iat[i, j]}**"
+        align = ["left" if j < grid.words else "right" for j in range(frame.shape[1])]
+        table = frame.to_markdown(index=False, disable_numparse=True, colalign=align if len(frame) else None)
         facts = "".join(f"- {name}: {text}\n" for name, text in grid.facts.items())
         shared = index + 1 < len(grids) and grids[index + 1].legend == grid.legend
         legend = f"\n{grid.legend}\n" if grid.legend and not shared else ""
@@ -50,22 +48,29 @@ def to_markdown(grids: list[Grid]) -> str:
 
 def to_latex(grids: list[Grid]) -> str:
     """All tables as LaTeX floats over both columns; needs the package booktabs."""
-    lines: list[str] = []
+    parts = []
     for grid in grids:
         facts = " ".join(f"{name.capitalize()}: {text}." for name, text in grid.facts.items())
-        caption = f"{grid.title}. {facts} {grid.legend}".strip().translate(LATEX)
-        columns = "l" * grid.text_columns + "r" * (len(grid.headers) - grid.text_columns)
-        header = " & ".join(text.translate(LATEX) for text in grid.headers) + r" \\"
-        lines += [r"\begin{table*}", r"\centering\small\setlength{\tabcolsep}{4pt}", rf"\caption{{{caption}}}"]
-        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header]
-        before = None
-        for i, row in enumerate(grid.rows):
-            cells = [text.translate(LATEX) for text in row]
-            cells = [rf"\textbf{{{text}}}" if (i, j) in grid.bold else text for j, text in enumerate(cells)]
-            lines += [r"\midrule"] * (row[0] != before) + [" & ".join(cells) + r" \\"]
-            before = row[0]
-        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table*}", ""]
-    return "\n".join(lines)
+        bold = np.full(grid.frame.shape, "", dtype=object)
+        for i, j in grid.bold:
+            bold[i, j] = "textbf:--rwrap;"
+        escaped = grid.frame.map(lambda text: text.translate(LATEX))
+        escaped.columns = escaped.columns.map(lambda text: text.translate(LATEX))
+        starts = escaped.iloc[1:, 0].ne(escaped.iloc[:, 0].shift()[1:])  # of another pattern or model: a rule above
+        escaped.iloc[1:, 0] = escaped.iloc[1:, 0].where(~starts, "\\midrule\n" + escaped.iloc[1:, 0])
+        latex = (
+            escaped.style.hide(axis="index")
+            .apply(lambda _, marks=bold: marks, axis=None)
+            .to_latex(
+                hrules=True,
+                column_format="l" * grid.words + "r" * (grid.frame.shape[1] - grid.words),
+                caption=f"{grid.title}. {facts} {grid.legend}".strip().translate(LATEX),
+                environment="table*",
+                position_float="centering",
+            )
+        )
+        parts.append(latex.replace(r"\centering", r"\centering\small\setlength{\tabcolsep}{4pt}", 1))
+    return "\n".join(parts)
 
 
 def to_csv(frame: pd.DataFrame) -> str:

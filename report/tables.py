@@ -1,118 +1,224 @@
-"""Perplexities as tables: in full, side by side over models, beside published numbers, and beside committed records."""
+"""What is compared: runs that differ in nothing but the seed are a `Cell`; cells that may be compared, a `Table`.
 
+Only runs of the same model contents on the same windows stand side by side. Methods are compared window by window: the
+standard error of a paired difference is far smaller than that of either perplexity.
+"""
+
+import functools
 import math
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import pandas as pd
-from tabulate import tabulate
+import numpy as np
+from scipy import stats
 
-from report.cells import Cell, Table, method_labels, paired_difference, rank, strictness
-from report.grid import MISSING, Grid, with_error
-from report.runs import Run
+from report.runs import DENSE, Pattern, Run
+from report.words import facts_of
 
-LEGEND = (
-    "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "
-    "apart from it (paired difference of the loss within two standard errors, or within Student's quantile of them "
-    "where they come from few seeds); several in bold are a draw. ≈: cannot be told apart from the reference by the "
-    "same rule. Δ loss: nats per token; ratio: of the perplexities. "
-    "Targeted, all linear: share of zeros in the targeted weights, in all linear ones. "
-    f"{MISSING}: not run, or does not apply."
-)
-SIDE_BY_SIDE_LEGEND = (
-    "Perplexity. Bold: the lowest of a pattern and every other that cannot be told apart from it (paired difference of "
-    "the loss within two standard errors, or within Student's quantile of them where they come from few seeds); "
-    f"several in bold are a draw. {MISSING}: not run."
-)
+METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "dass")  # the others follow by name
+WIN = 2.0  # a difference counts beyond this many standard errors of it, or more where there are few seeds
+CONFIDENCE = 0.975  # of the quantile that takes the place of 2 where there are few
+
+
+class Variant(NamedTuple):
+    """A row of a table, in reading order: a method, and in its label what tells it from the others of that method."""
+
+    rank: int
+    label: str
+    method: str
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """A second comparison besides that with Wanda, such as of each mask with and without the update."""
+class Cell:
+    """One method under one pattern: its runs, which differ in the seeds alone; those with a result, if any has one."""
 
-    header: str
-    references: dict[str, str]
-    """The label that a label is compared with; the others have no such comparison."""
+    pattern: Pattern
+    variant: Variant
+    runs: tuple[Run, ...]
 
+    @property
+    def found(self) -> bool:
+        """Whether there is any result."""
+        return self.runs[0].perplexity is not None
 
-def perplexity_grid(table: Table, contrast: Contrast | None = None) -> Grid:
-    """One table in full: perplexity, paired difference to Wanda (and of the contrast), sparsity, time."""
-    headers = ["Pattern", "Method", "Perplexity", "Δ loss to Wanda", "Ratio", "Targeted", "All linear"]
-    rows, bold = [], set()
-    for index, (pattern, label) in enumerate(table.rows()):
-        rows.append(_row(table, pattern, label))
-        if contrast:
-            reference = table.cell(pattern, contrast.references.get(label, ""))
-            rows[-1].insert(4, difference_text(table.cell(pattern, label), reference))
-        if label in table.best(pattern):
-            bold.add((index, 2))
-    if contrast:
-        headers.insert(4, contrast.header)
-    title = f"Perplexity of {table.facts['model']}, {table.dataset}"
-    return Grid(title, tuple(headers), rows, table.facts, LEGEND, frozenset(bold))
+    @property
+    def perplexity(self) -> float:
+        """Mean perplexity over the seeds; NaN without a result."""
+        return self.mean("perplexity") or math.nan
 
+    def mean(self, name: str) -> float | None:
+        """Mean over the seeds of a field of `Run`; None if a run lacks it."""
+        values = [getattr(run, name) for run in self.runs]
+        return None if None in values else float(np.mean(values))
 
-def difference_text(cell: Cell | None, reference: Cell | None) -> str:
-    """The paired difference with its standard error; marked where it is within two of them."""
-    if cell is None or reference is None or not cell.found:
-        return MISSING
-    if cell is reference:
-        return "reference"
-    difference = paired_difference(cell, reference)
-    if difference is None:
-        return MISSING
-    return ("" if difference.counts else "≈ ") + with_error(difference.mean, difference.stderr, "+.4f")
+    @functools.cached_property
+    def spread(self) -> float | None:
+        """Standard deviation of the perplexity over the seeds; None with fewer than two results."""
+        values = [run.perplexity for run in self.runs if run.perplexity is not None]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def side_by_side(tables: list[Table]) -> Grid:
-    """The perplexities of several models in one table, a column for each."""
-    keys = {key: None for table in tables for key in table.rows()}
-    order = sorted(keys, key=lambda key: (strictness(key[0]), rank(key[1])))
-    rows, bold = [], set()
-    for i, (pattern, label) in enumerate(order):
-        cells = [table.cell(pattern, label) for table in tables]
-        rows.append([pattern, label, *(f"{cell.perplexity:.2f}" if cell and cell.found else MISSING for cell in cells)])
-        bold |= {(i, 2 + j) for j, table in enumerate(tables) if label in table.best(pattern)}
-    headers = ("Pattern", "Method", *(table.facts["model"] for table in tables))
-    return Grid("All models", headers, rows, legend=SIDE_BY_SIDE_LEGEND, bold=frozenset(bold))
+@dataclass(frozen=True)
+class Difference:
+    """Mean loss of one cell minus that of another over the same windows, nats per token."""
+
+    mean: float
+    stderr: float
+    freedom: float = math.inf
+    """Degrees of freedom of the standard error (Welch and Satterthwaite): few where it comes from few seeds.
+
+    Infinite without seeds: windows are many.
+    """
+
+    @property
+    def counts(self) -> bool:
+        """Whether the two can be told apart."""
+        return abs(self.mean) > max(WIN, stats.t.ppf(CONFIDENCE, self.freedom)) * self.stderr
 
 
-def frame(runs: list[Run]) -> pd.DataFrame:
-    """One row per run, one column per field of `Run` except the losses of the windows."""
-    rows = [asdict(run) | {"options": ", ".join(run.options)} for run in runs]
-    return pd.DataFrame(rows, dtype=object).drop(columns="losses")  # object: beside a None, integers stay integers
+@dataclass(frozen=True)
+class Table:
+    """Cells that may be compared, in reading order: dense, then pattern by pattern, method by method."""
+
+    facts: dict[str, str]
+    """What holds for all cells, in words: model, evaluation, pruned, calibration, seeds, machine."""
+    runs: tuple[Run, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def dataset(self) -> str:
+        """The name of the evaluation."""
+        return self.runs[0].dataset
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """The patterns, dense left out, from the freest to the strictest."""
+        return sorted({cell.pattern for cell in self.cells} - {DENSE})
+
+    @functools.cached_property
+    def variants(self) -> list[Variant]:
+        """The methods and their variants in reading order."""
+        return sorted({cell.variant for cell in self.cells})
+
+    @property
+    def reference(self) -> Variant | None:
+        """Wanda; of several variants the published one."""
+        wanda = {cell.variant: cell.runs[0].as_published for cell in self.cells if cell.variant.method == "wanda"}
+        candidates = [variant for variant, published in wanda.items() if published or len(wanda) == 1]
+        return candidates[0] if len(candidates) == 1 else None
+
+    def rows(self) -> list[tuple[Pattern, Variant]]:
+        """Pattern and variant of every row: what was run, and each method of which a pattern has nothing."""
+        run = {(cell.pattern, cell.variant) for cell in self.cells}
+        tried = {(cell.pattern, cell.variant.method) for cell in self.cells}
+        lacking = {(p, v) for p in self.patterns for v in self.variants if (p, v.method) not in tried}
+        return sorted(run | {(pattern, variant) for pattern, variant in lacking if variant.method != "dense"})
+
+    def cell(self, pattern: Pattern, variant: Variant | None) -> Cell | None:
+        """One method under one pattern; None if it was not run."""
+        return next((cell for cell in self.cells if (cell.pattern, cell.variant) == (pattern, variant)), None)
+
+    def find(self, pattern: str, method: str, options: dict[str, Any]) -> Cell | None:
+        """The cell of a method with all of these options; of several the published variant. None if it is not one."""
+        cells = [cell for cell in self.cells if (str(cell.pattern), cell.variant.method) == (pattern, method)]
+        cells = [cell for cell in cells if options.items() <= cell.runs[0].options.items()]
+        cells = [cell for cell in cells if len(cells) == 1 or cell.runs[0].as_published]
+        return cells[0] if len(cells) == 1 else None
+
+    def best(self, pattern: Pattern) -> frozenset[Variant]:
+        """The lowest perplexity of a pattern and all that cannot be told apart from it; none where none was beaten."""
+        cells = [cell for cell in self.cells if cell.pattern == pattern != DENSE and cell.found]
+        if len(cells) < 2:
+            return frozenset()
+        lowest = min(cells, key=lambda cell: cell.perplexity)
+        differences = {cell.variant: paired_difference(cell, lowest) for cell in cells}
+        return frozenset(variant for variant, found in differences.items() if not (found and found.counts))
 
 
-def comparison(runs: list[Run], committed: list[Run]) -> str:
-    """Each run beside the committed one of the same identity, as Markdown."""
-    before = {run.id: run.perplexity for run in committed}
-    labels = method_labels(runs)
-    rows = []
-    for run in sorted(runs, key=lambda run: (run.model, strictness(run.pattern), rank(labels[run.id]))):
-        value = before.get(run.id)
-        if run.perplexity is None:
-            continue
-        end = (
-            ["", "no committed record"]
-            if value is None
-            else [f"{value:.4f}", f"{100 * (run.perplexity / value - 1):+.3f} %"]
-        )
-        rows.append([run.id, run.model, labels[run.id], run.pattern, f"{run.perplexity:.4f}", *end])
-    headers = ["Run", "Model", "Method", "Pattern", "Perplexity here", "Committed", "Difference"]
-    return tabulate(rows, headers, "pipe", disable_numparse=True, colalign=("left",) * 4 + ("right",) * 3)
+def build_tables(runs: list[Run]) -> list[Table]:
+    """One table for each setting; a run that does not depend on a part of the setting stands in every table it fits."""
+    runs = [run for run in runs if run.setting.evaluation]
+    rows = variants(runs)  # of all tables together, so that a row has the same name in each
+    settings = {run.setting for run in runs}
+    whole = [one for one in settings if not any(one != other and one.agrees(other) for other in settings)]
+    tables = [_table([run for run in runs if run.setting.agrees(one)], rows) for one in whole]
+    named = ("model", "evaluation", "calibration")
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)  # in words: their identities tell them apart
+    for index, table in enumerate(tables):
+        alike[tuple(table.facts[name] for name in (*named, "pruned"))].append(index)
+    for indices in alike.values():
+        for name in named:
+            if len({getattr(whole[index], name) for index in indices}) > 1:
+                for index in indices:
+                    tables[index].facts[name] += f", identity {getattr(whole[index], name)}"
+    return sorted(tables, key=lambda table: list(table.facts.values()))
 
 
-def _row(table: Table, pattern: str, label: str) -> list[str]:
-    cell, reference = table.cell(pattern, label), table.cell(pattern, table.reference)
-    if cell is None or not cell.found:
-        return [pattern, label, *[MISSING] * 5]
-    perplexity = with_error(cell.perplexity, cell.mean("stderr"), ".2f")
-    if (spread := cell.spread()) is not None:
-        perplexity += f" ({len(cell.runs)} seeds, sd {spread:.2f})"
-    ratio = MISSING
-    if cell is reference:
-        ratio = "1"
-    elif reference and (difference := paired_difference(cell, reference)):
-        ratio = f"{math.exp(difference.mean):.3f}"
-    shares = [cell.mean("sparsity_targeted"), cell.mean("sparsity_linear")]
-    sparsity = [MISSING if share is None else f"{share:.1%}" for share in shares]
-    return [pattern, label, perplexity, difference_text(cell, reference), ratio, *sparsity]
+def variants(runs: list[Run]) -> dict[str, Variant]:
+    """The row of each run by its id: the method, and each option in which the runs of that method differ.
+
+    Runs whose method has the same name and options but other code get its identity. Those that would then share row,
+    pattern and seeds differ in something unknown here: they get their ids, and no mean.
+    """
+    labels = {}
+    for run in runs:
+        same = [other.options for other in runs if other.method == run.method]
+        differing = [
+            f"{key}={value}"
+            for key, value in sorted(run.options.items())
+            if any(key not in options or options[key] != value for options in same)
+        ]
+        labels[run.id] = f"{run.method} ({', '.join(differing)})" if differing else run.method
+    for suffix in ("method_identity", "id"):
+        places: dict[tuple, set[str | None]] = defaultdict(set)
+        keys = {}
+        for run in runs:
+            keys[run.id] = (run.setting, labels[run.id], run.pattern, *([run.replicate] if suffix == "id" else []))
+            if (identity := getattr(run, suffix)) is not None:
+                places[keys[run.id]].add(identity)
+        for run in runs:
+            if len(places[keys[run.id]]) > 1:
+                labels[run.id] += f" [{getattr(run, suffix)}]"
+    ranks = {name: rank for rank, name in enumerate(METHOD_ORDER)}
+    return {run.id: Variant(ranks.get(run.method, len(ranks)), labels[run.id], run.method) for run in runs}
+
+
+def paired_difference(cell: Cell, other: Cell) -> Difference | None:
+    """Mean loss of `cell` minus that of `other`, nats per token; None for a single window, which has no error.
+
+    Only runs of the same model contents are paired. The variance is that of the windows' differences and, where a
+    method ran with several seeds, that between seeds: of the differences where both ran with the same ones, else of
+    each method. None, too, where one of them still lacks the other's seeds, which would pass for one without noise.
+    """
+    if not (cell.found and other.found):
+        return None
+    shared = {run.model_identity for run in cell.runs} & {run.model_identity for run in other.runs}
+    ours, theirs = ([run for run in one.runs if run.model_identity in shared] for one in (cell, other))
+    if not shared or len(ours[0].losses) < 2:
+        return None
+    a, b = (np.array([run.losses for run in runs]) for runs in (ours, theirs))  # (n_seeds, n_windows)
+    fewer = len(shared) == 1 and max(len(cell.runs), len(other.runs)) > max(len(ours), len(theirs))
+    if [run.replicate for run in ours] == [run.replicate for run in theirs] and not fewer:
+        samples = [(a - b).mean(axis=1)]
+    elif any(len(runs) == 1 and runs[0].depends_on_seeds for runs in (ours, theirs)):
+        return None
+    else:
+        samples = [a.mean(axis=1), b.mean(axis=1)]
+    d = a.mean(axis=0) - b.mean(axis=0)
+    of_seeds = [(sample.var(ddof=1) / len(sample), len(sample) - 1) for sample in samples if len(sample) > 1]
+    variance = d.var(ddof=1) / len(d) + sum(v for v, _ in of_seeds)
+    uncertain = sum(v**2 / freedom for v, freedom in of_seeds)
+    return Difference(float(d.mean()), math.sqrt(variance), float(variance**2 / uncertain) if uncertain else math.inf)
+
+
+def _table(runs: list[Run], rows: dict[str, Variant]) -> Table:
+    groups: dict[tuple[Pattern, Variant], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.replicate):
+        groups[run.pattern, rows[run.id]].append(run)
+    cells = []
+    for (pattern, variant), group in sorted(groups.items()):
+        finished = [run for run in group if run.perplexity is not None]
+        cells.append(Cell(pattern, variant, tuple(finished or group)))
+    facts = facts_of(runs, "model", "evaluation", "pruned", "calibration", "seeds", "machine")
+    return Table(facts, tuple(runs), tuple(cells))

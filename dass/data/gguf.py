@@ -11,7 +11,7 @@ from typing import Any
 from dass.errors import DassError
 
 
-def convert(name: str, gguf: Path, folder: Path, individual_digits: bool, provenance: dict[str, Any]) -> Path:
+def convert(name: str, gguf: Path, folder: Path, individual_digits: bool, provenance: dict[str, Any]) -> None:
     """Write a GGUF as a transformers folder: fp32 safetensors, tokenizer, and `provenance.json`.
 
     Args:
@@ -50,8 +50,6 @@ def convert(name: str, gguf: Path, folder: Path, individual_digits: bool, proven
             tokenizer.save_pretrained(folder)
         provenance = provenance | {name: metadata.version(name) for name in ("transformers", "gguf")}
         (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-        for path in folder.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read
     except Exception as error:  # safetensors and tokenizers report a full disk by exceptions of their own
         reason = " ".join(str(error).split())
         raise DassError(
@@ -60,4 +58,3 @@ def convert(name: str, gguf: Path, folder: Path, individual_digits: bool, proven
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    return folder

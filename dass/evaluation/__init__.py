@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity."""
+"""What a model is worth: perplexity and zero-shot accuracy, behind one door."""

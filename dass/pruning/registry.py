@@ -1,6 +1,5 @@
 """What criteria and updates have in common: a name, the statistics they need, and parameters that are their own."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dass.errors import DassError
+from dass.names import unknown
 from dass.pruning.statistics import STATISTICS
 
 Value = float | int | bool | str
@@ -42,10 +42,11 @@ class Entry:
     def checked(self, name: str, value: Value) -> Value:
         """A value for a parameter, as the type of its default; DassError where it is of another, or not finite."""
         kind: type = type(self.parameters()[name])
-        fits = isinstance(value, int | float) and not isinstance(value, bool) if kind in (int, float) else None
-        if fits is None:
+        if kind in (int, float):
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
+        else:
             fits = isinstance(value, kind)
-        if not fits or (kind is int and value != int(value)) or (kind is float and not _finite(value)):
+        if not fits or (kind is int and value != int(value)):
             words = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a word"}[kind]
             raise DassError(f"{name}={value} must be {words}.", field=f"method.{name}")
         if name in self.positive and not kind(value) > 0:
@@ -100,12 +101,7 @@ class Registry(dict[str, Entry]):
     def find(self, name: str) -> Entry:
         """The entry of this name; DassError lists the known ones."""
         if name not in self:
-            close = difflib.get_close_matches(str(name), self, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise DassError(
-                f"The {self.what} {name} is unknown: {hint}choose one of {', '.join(sorted(self))}.",
-                field=f"method.{self.what}",
-            )
+            raise unknown(f"The {self.what}", str(name), sorted(self), f"method.{self.what}")
         return self[name]
 
 

@@ -26,12 +26,13 @@ class InputStream:
         self.with_hessian = with_hessian
         # the Hessian's upper block triangle, or just its diagonal, the squares' sums
         self._products = torch.zeros(shape, dtype=self.dtype, device=device)
-        self.n_tokens = self.n_sequences = 0
+        self.n_tokens = 0
+        self.n_sequences = 0
+        """Of the calibration so far, whether or not any of their tokens came by; its caller counts them."""
 
-    def add(self, x: Tensor, n_sequences: int) -> None:
-        """Add the activations `(..., features)` of a batch of so many sequences."""
+    def add(self, x: Tensor) -> None:
+        """Add activations `(..., features)`."""
         self.n_tokens += x.shape[:-1].numel()
-        self.n_sequences += n_sequences
         x = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
         if not self.with_hessian:
             self._products += x.square().sum(0)

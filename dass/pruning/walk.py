@@ -193,13 +193,12 @@ def _require_enough_tokens(
     for reads, stream in streams.items():
         if reads in routed:
             need = stream.norm().numel() if stream.with_hessian else EXPERT_TOKENS
-            if stream.n_tokens < (need if min_expert_tokens is None else min_expert_tokens):
+            if stream.n_tokens < max(1, need if min_expert_tokens is None else min_expert_tokens):
                 rare[routed[reads].name] = stream.n_tokens
         elif stream.n_tokens != expected:
-            raise DassError(
-                f"{block.name} has an unknown layout: its {reads} passed {stream.n_tokens} of {expected} tokens to "
-                f"the matrices that should read it; say with `projections` which are gate, up and down.",
-                field="model.projections",
+            raise _wrong_roles(
+                block,
+                f"its {reads} passed {stream.n_tokens} of {expected} tokens to the matrices that should read it",
             )
     for kind in {reads.rpartition(" ")[2] for reads in n_routed}:
         seen = sum(n for reads, n in n_routed.items() if reads.endswith(kind))
@@ -239,20 +238,23 @@ def observe(
     first: dict[str, Projection] = {}  # of the projections that read one tensor
     for p in block.projections:
         first.setdefault(p.reads, p)
-    read: dict[str, Any] = {}
+    read: dict[str, Tensor] = {}  # alive, so that no other tensor can take the memory that tells them apart
 
     def on_product(p: Projection, whole: Tensor, x: Tensor) -> None:
-        if p.reads in streams:
-            if p is first[p.reads]:
-                streams[p.reads].add(x, len(hidden))
-                read[p.reads] = extent_of(whole)
-            elif read.get(p.reads) != extent_of(whole):
-                raise DassError(
-                    f"{block.name} has an unknown layout: {first[p.reads].name} and {p.name} do not read the same "
-                    f"tensor; say with `projections` which matrices are gate, up and down.",
-                    field="model.projections",
-                )
-        if p.role == "down" and len(block.units) == 1:
+        leader, unit = first[p.reads], block.unit_of(p)
+        if p is leader:
+            if p.reads in streams:
+                streams[p.reads].add(x)
+        elif unit is not None or p.reads in streams:
+            if leader.name not in read or extent_of(read[leader.name]) != extent_of(whole):
+                raise _wrong_roles(block, f"{leader.name} and {p.name} do not read the same tensor")
+        if unit is None or p.role != "down":
+            read[p.name] = whole
+            return
+        for other in unit.projections.values():
+            if other is not p and other.name not in read:
+                raise _wrong_roles(block, f"{p.name} runs before {other.name}")
+        if len(block.units) == 1:
             raise Stop
 
     hook = mixer.register_forward_hook(keep) if mixer is not None and mixed is None else None
@@ -267,7 +269,16 @@ def observe(
         finally:
             if hook is not None:
                 hook.remove()
+    for stream in streams.values():
+        stream.n_sequences += len(hidden)
     return kept
+
+
+def _wrong_roles(block: Block, why: str) -> DassError:
+    return DassError(
+        f"{block.name} has an unknown layout: {why}; say with `projections` which matrices are gate, up and down.",
+        field="model.projections",
+    )
 
 
 def _through_one(

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from dass.data import assets
-from dass.data.calibration import Tokenizer, encode, windows_of
+from dass.data.tokens import Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.evaluation.perplexity import Perplexity, perplexity
-from dass.models import save_model
 from dass.progress import progress
 from dass.records import identity_of
+from dass.saving import save_model
 
 GLU_OF_ACTIVATION = {"silu": "SwiGLU", "gelu_pytorch_tanh": "GeGLU", "relu": "ReGLU"}
 BOUNDARY = "<|endoftext|>"  # BOS and EOS in one: it begins each document
@@ -147,7 +147,8 @@ def train(recipe: Recipe) -> Training:
     windows = windows_of(held_out, recipe.seq_len, "tokenizer", tokenizer)[-HELD_OUT_WINDOWS:]
     last = losses[-max(1, len(losses) // 10) :]
     training = Training(model_folder(recipe), sum(last) / len(last), perplexity(model, windows.split(recipe.batch)))
-    save_model(model, tokenizer, training.folder, model_card(recipe, training))
+    fingerprint = identity_of(recipe_identity(recipe))
+    save_model(model, training.folder, model_card(recipe, training), fingerprint, "float32", tokenizer=tokenizer)
     return training
 
 
@@ -233,12 +234,11 @@ def fit(recipe: Recipe, tokens: Tensor) -> tuple[PreTrainedModel, list[float]]:
 
 
 def model_card(recipe: Recipe, training: Training) -> str:
-    """The README.md of a trained model; its header line `dass_run` lets `save_model` know our own folders."""
+    """The README.md of a trained model."""
     fields = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
     licences = "; ".join(f"{name}: {assets.find(name, assets.TEXTS).licence}" for name in ("c4", "wiki"))
     return f"""---
 library_name: transformers
-dass_run: {identity_of(recipe_identity(recipe))}
 ---
 # {training.folder.name}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.reference import reference_walk
-from benchmarks.walk import METHODS, BlockPruner, Row, needed_forward
+from benchmarks.walk import METHODS, Row, forward_rows, needed_forward, solver_row, time_walks
+from dass.pruning.method import BlockPruner
 from dass.pruning.walk import prune_model
 from tests.models import random_tokens, tiny_model
 
@@ -31,6 +32,20 @@ def test_the_needed_forward_work_is_what_it_says():
     assert needed_forward(model, random_tokens(4), 2) > 0
     # the first block also runs once, on the first batch, while its inputs are recorded
     assert counts == {"q_proj": 3 * 2 + 1, "gate_proj": 3 * 2 + 2 * 2 + 1, "down_proj": 2 * 2 + 1}
+
+
+def test_every_walk_is_timed():
+    best, memory = time_walks(tiny_model, random_tokens(), with_reference=True)
+    assert set(best) == {"forward", *METHODS, *(f"reference {name}" for name in METHODS)}
+    assert set(memory) == set(METHODS)
+    assert min(best.values()) > 0 and max(best.values()) < 10
+    row = forward_rows(best, 1.1, memory)[0]
+    assert row.measured == best["wanda"] / best["forward"] and "GB on the host" in str(row)
+
+
+def test_the_solver_is_within_its_limit():
+    row = solver_row()
+    assert row.measured <= row.limit and row.measured > 0
 
 
 def test_rows_say_whether_a_limit_is_met():

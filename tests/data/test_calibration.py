@@ -1,20 +1,20 @@
 """Calibration sets: the reference's draws, windows, BOS, and too little text."""
 
 import gzip
+import hashlib
 import json
 import random
+import shutil
 
 import pytest
 import torch
 
-from dass.data.calibration import (
-    calibration_tokens,
-    draw_documents,
-    draw_joined,
-    require_in_vocabulary,
-)
-from dass.data.texts import read_wikitext
+from dass.data import assets
+from dass.data.calibration import calibration_tokens
+from dass.data.sources import SOURCES, find_source, source, wikitext2
+from dass.data.tokens import draw_documents, draw_joined, require_in_vocabulary
 from dass.errors import DassError
+from dass.evaluation.perplexity import evaluation_windows
 from tests.tokenizers import tiny_tokenizer, words
 
 
@@ -53,7 +53,7 @@ def test_c4_from_a_local_shard_is_drawn_as_the_reference_draws(tmp_path, adds_bo
 def test_wikitext2_training_windows(tmp_path):
     path = tmp_path / "wiki.train.raw"
     path.write_text(" \n = w3 = \n \n w4 w5 w6 \n" + "".join(f" w{i} w{i} \n" for i in range(7, 30)))
-    rows = read_wikitext(path, "train")
+    rows = wikitext2("calibration", path)
     assert rows[:4] == ["", " = w3 = \n", "", " w4 w5 w6 \n"]
     tokenizer = tiny_tokenizer()
     drawn = calibration_tokens("wikitext2", tokenizer, path, 6, 10, 3, "tokenizer", False)
@@ -106,19 +106,92 @@ def test_tokens_outside_the_vocabulary(token):
         require_in_vocabulary(torch.tensor([[5, token]]), 96, "The calibration tokens")
 
 
-def test_settings_that_are_missing():
-    for name, says in [("text_file", "path=FILE"), ("tokens_file", "path=FILE"), ("c5", "unknown")]:
-        with pytest.raises(DassError, match=says):
-            calibration_tokens(name, tiny_tokenizer(), None, 2, 8, 0, "none", False)
-    with pytest.raises(DassError, match="n_sequences"):
-        calibration_tokens("c4", tiny_tokenizer(), None, None, 8, 0, "none", False)
-    with pytest.raises(DassError, match="at least 1"):
-        calibration_tokens("c4", tiny_tokenizer(), None, 0, 8, 0, "none", False)
-    with pytest.raises(DassError, match="join does not apply"):
-        calibration_tokens("c4", tiny_tokenizer(), None, 2, 8, 0, "none", True)
-    with pytest.raises(DassError, match="path does not apply"):
-        calibration_tokens("packaged_c4", tiny_tokenizer(), "text.txt", 2, 8, 0, "none", True)
+@pytest.mark.parametrize(
+    ("name", "settings", "says", "field"),
+    [
+        ("text_file", {}, "text_file needs a file: give `path`", "path"),
+        ("tokens_file", {"join": False}, "tokens_file needs a file", "path"),
+        ("c4", {"n_sequences": None, "join": False}, "c4 needs n_sequences and seq_len", "n_sequences"),
+        ("c4", {"n_sequences": 0, "join": False}, "n_sequences=0 must be at least 1", "n_sequences"),
+        ("c4", {}, "join does not apply to c4", "join"),
+        ("packaged_c4", {"path": "text.txt"}, "path does not apply to packaged_c4: use text_file", "path"),
+        ("text_file", {"path": "a", "revision": "main"}, "revision does not apply to text_file", "revision"),
+    ],
+)
+def test_settings_that_are_missing_or_do_not_apply(name, settings, says, field):
+    given = {"path": None, "n_sequences": 2, "seq_len": 8, "seed": 0, "bos": "none", "join": True} | settings
+    with pytest.raises(DassError, match=says) as raised:
+        calibration_tokens(name, tiny_tokenizer(), **given)
+    assert raised.value.field == f"calibration.{field}"
+
+
+def test_windows_that_cannot_be():
     with pytest.raises(DassError, match="too short"):
         draw_joined(documents([60]), tiny_tokenizer(), 2, 1, 0, "per_sequence")
     with pytest.raises(DassError, match="bos=always"):
         draw_joined(documents([60]), tiny_tokenizer(), 2, 8, 0, "always")
+
+
+# the registry
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_the_list():
+    with pytest.raises(DassError, match=r"text wikitext is unknown: did you mean wikitext2\? Choose one of c4, wikite"):
+        find_source("wikitext", "calibration")
+    with pytest.raises(
+        DassError, match=r"The evaluation text c4 is unknown: choose one of wikitext2, packaged_wiki, t"
+    ):
+        find_source("c4", "evaluation")
+
+
+@pytest.fixture
+def letters(monkeypatch, tmp_path):
+    """A source from outside: a file whose documents stand between form feeds; its evaluation text is reversed."""
+    monkeypatch.setattr("dass.data.sources.SOURCES", dict(SOURCES))
+
+    @source("letters", evaluates=True)
+    def read_letters(part, path):
+        found = path.read_text().split("\f")
+        return found if part == "calibration" else found[::-1]
+
+    path = tmp_path / "post.letters"
+    path.write_text("\f".join(words(range(start, start + 20)) for start in (10, 40, 70)))
+    return path
+
+
+def test_a_source_from_outside(letters):
+    drawn = calibration_tokens("letters", tiny_tokenizer(), letters, 6, 10, 0, "none", True)
+    assert sorted(row[0] for row in drawn.tolist()) == [10, 20, 40, 50, 70, 80]
+    assert all(row == list(range(row[0], row[0] + 10)) for row in drawn.tolist())
+    windows = evaluation_windows("letters", tiny_tokenizer(), letters, 20, None, "none")
+    assert windows[:, 0].tolist() == [70, 40, 10]
+    with pytest.raises(DassError, match="letters needs a file"):
+        calibration_tokens("letters", tiny_tokenizer(), None, 6, 10, 0, "none", True)
+
+
+def test_identities_are_of_what_a_name_hides(letters, tmp_path):
+    found = find_source("letters", "calibration").identity(letters, None)
+    digest = hashlib.sha256(letters.read_bytes()).hexdigest()
+    assert (found["sha256"], found["suffix"]) == (digest, ".letters") and 'path.read_text().split("\\f")' in found[
+        "code"
+    ]
+    text = find_source("text_file", "evaluation")
+    one, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    one.write_text("w3")
+    other.write_text("w3")
+    lines = shutil.copy(one, tmp_path / "a.jsonl")
+    assert text.identity(one, None) == text.identity(other, None) != text.identity(lines, None)
+    other.write_text("w4")
+    assert text.identity(one, None) != text.identity(other, None)
+    hub, packaged = find_source("c4", "calibration"), find_source("packaged_wiki", "calibration")
+    assert hub.identity(None, "abc") == {"revision": "abc"} and "revision" not in hub.identity(one, "abc")
+    assert packaged.identity(None, None) == {"sha256": assets.find("wiki", assets.TEXTS).sha256}
+    with pytest.raises(DassError, match="There is no file"):
+        text.identity(tmp_path / "nowhere.txt", None)
+
+
+def test_packaged_articles_are_held_out(monkeypatch):
+    articles = [words([3 + i % 90] * 4) for i in range(120)]
+    monkeypatch.setattr(assets, "wiki_articles", lambda: articles)
+    read = find_source("packaged_wiki", "evaluation").documents
+    assert read("evaluation", None, None) == articles[:100] and read("calibration", None, None) == articles[100:]

@@ -1,5 +1,6 @@
 """Perplexity against the model's own loss on the same windows, and the protocol of the pruning papers."""
 
+import copy
 import hashlib
 import math
 import re
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dass.data.texts import read_wikitext
+from dass.data.sources import wikitext2
 from dass.errors import DassError
 from dass.evaluation import perplexity as module
-from dass.evaluation.perplexity import evaluation_windows, perplexity
-from tests.models import ARCHITECTURES, random_tokens, tiny_model
+from dass.evaluation.perplexity import evaluation_windows, perplexity, window_losses
+from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "wikitext2"
@@ -30,6 +31,30 @@ def test_equals_the_models_own_loss(architecture, logits_at_once, monkeypatch):
     assert result.value == pytest.approx(losses.mean().exp().item(), rel=1e-5)
     assert result.stderr == pytest.approx((losses.mean().exp() * losses.std() / 5**0.5).item(), rel=1e-4)
     assert (result.seq_len, result.tokens) == (24, 120)
+
+
+@pytest.mark.parametrize("architecture", LAYOUTS)
+@torch.no_grad()
+def test_every_layout_equals_the_loss_of_its_full_logits(architecture, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 96 * 3 * 5)
+    model, windows = tiny_model(architecture), random_tokens(3, 24)
+    if model.get_output_embeddings().bias is not None:
+        model.get_output_embeddings().bias.normal_(generator=torch.Generator().manual_seed(1))
+    log_probs = model(windows).logits[:, :-1].double().log_softmax(-1)
+    expected = -log_probs.gather(-1, windows[:, 1:, None])[..., 0].mean(1)
+    torch.testing.assert_close(window_losses(model, windows), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_whose_forward_goes_around_its_decoder_is_refused():
+    """A stand-in for the decoder that is never called would leave chunks without their context."""
+    model = tiny_model()
+    stranger = copy.deepcopy(model.model)
+    stranger.embed_tokens = model.model.embed_tokens
+    model.get_decoder = lambda: stranger
+    with pytest.raises(DassError, match="LlamaForCausalLM goes another way than its decoder"):
+        window_losses(model, random_tokens(1, 8))
+    with pytest.raises(DassError, match="LlamaModel does not tell its decoder from its head"):
+        window_losses(tiny_model().model, random_tokens(1, 8))
 
 
 @torch.no_grad()
@@ -52,7 +77,7 @@ def test_windows_of_a_text(tmp_path):
         evaluation_windows("text_file", tokenizer, path, 10, 4, "none")
     with pytest.raises(DassError, match="at least 2"):
         evaluation_windows("text_file", tokenizer, path, 1, None, "none")
-    for name, says in [("text_file", "path=FILE"), ("nosuch", "unknown")]:
+    for name, says in [("text_file", "needs a file"), ("nosuch", "unknown")]:
         with pytest.raises(DassError, match=says):
             evaluation_windows(name, tokenizer, None, 10, None, "none")
 
@@ -60,12 +85,12 @@ def test_windows_of_a_text(tmp_path):
 def test_wikitext_rows_are_joined_as_the_papers_do(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_text(" \n = w10 = \n \n w11 w12 \n")
-    assert "\n\n".join(read_wikitext(path, "test")) == "\n\n = w10 = \n\n\n\n\n w11 w12 \n"
+    assert "\n\n".join(wikitext2("evaluation", path)) == "\n\n = w10 = \n\n\n\n\n w11 w12 \n"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the official text does not come with the repository")
 def test_wikitext2_test_split_is_the_official_text():
-    text = "\n\n".join(read_wikitext(SHARED / "wiki.test.raw", "test"))
+    text = "\n\n".join(wikitext2("evaluation", SHARED / "wiki.test.raw"))
     assert len(text) == 1_294_336
     sha256 = re.search(r"has 1,294,336 characters.*?SHA-256 `(\w+)`", (SHARED.parent / "README.md").read_text(), re.S)
     assert hashlib.sha256(text.encode()).hexdigest() == sha256[1]

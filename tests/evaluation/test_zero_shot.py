@@ -12,7 +12,7 @@ import torch
 
 from dass.data import assets
 from dass.errors import DassError
-from dass.evaluation.zero_shot import TASKS, TaskScore, mean_accuracy, zero_shot, zero_shot_tasks
+from dass.evaluation.zero_shot import STOCK, TASKS, TaskScore, mean_accuracy, zero_shot, zero_shot_tasks
 from tests.models import tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 
@@ -167,8 +167,9 @@ def test_hub_sets_are_those_of_lm_eval_and_arc_is_scored_on_its_test_split(monke
     names = {"piqa": "piqa", "hellaswag": "hellaswag", "winogrande_xl": "winogrande", "ARC-Easy": "arc_easy"}
     names["ARC-Challenge"] = "arc_challenge"
 
-    def load_dataset(path, name, **rest):
+    def load_dataset(path, name, revision, **rest):
         asked.append((path, name))
+        assert revision == STOCK[names[name or path.split("/")[1]]][1] and len(revision) == 40
         rows = items[names[name or path.split("/")[1]]]
         splits = {"validation": rows, "test": list(reversed(rows))} if "arc" in path else {"validation": rows}
         return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
@@ -221,9 +222,9 @@ def test_nothing_is_printed_away_from_a_terminal(tmp_path, capfd, caplog):
 
 
 def test_folder_and_limit(tmp_path):
-    with pytest.raises(DassError, match=r"needs a folder: give `evaluation\.path=DIR`"):
+    with pytest.raises(DassError, match=r"Items of a folder need one: give `path`"):
         zero_shot_tasks("folder", None, None)
-    with pytest.raises(DassError, match="path=here applies to evaluation=zero_shot_folder only"):
+    with pytest.raises(DassError, match="path=here applies to items of a folder only"):
         zero_shot_tasks("packaged", "here", None)
     write(tmp_path, any_items())
     with pytest.raises(DassError, match="limit=1 must be at least 2"):

@@ -1,6 +1,5 @@
-"""The experiments of the paper: what each would run at both scales, what a failing run leaves, what the report says."""
+"""The experiments of the paper: what each would run at both scales, its manifest, and what a failing run leaves."""
 
-import functools
 import json
 import re
 import shutil
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
@@ -16,16 +14,15 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from dass.errors import DassError
-from dass.records import read_failures, write_failure, write_record
+from dass.manifests import read_manifest
+from dass.records import read_record
 from experiments import prune
 from experiments.app import CONF
-from experiments.experiment import experiment_names, load_experiment
-from experiments.identity import design_of, design_of_record
-from experiments.report import report
+from experiments.resolve import check, resolve
+from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
 from report.kinds import KINDS
-from tests.experiments.test_prune import ROOT, records, setting  # noqa: F401  (a fixture)
-from tests.report.records import losses, make_record
+from tests.experiments.test_prune import ROOT, command, records, setting  # noqa: F401  (a fixture)
 
 PAPER = {  # the paper's models, methods and settings, counted by hand
     "table1_perplexity": 6 * (1 + 4 * 3),
@@ -42,13 +39,20 @@ PAPER = {  # the paper's models, methods and settings, counted by hand
 }
 
 
-loaded = functools.cache(lambda name, scale: load_experiment(name, scale, []))
-
-
 @pytest.fixture
 def hydra():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
+
+
+def sweep_of(name, scale):
+    """The whole config of an experiment and its jobs, as Hydra's own sweeper launches them."""
+    arguments = [f"experiment={name}", f"scale={scale}"]
+    whole = compose("prune", arguments, return_hydra_config=True)
+    launched = Plugins.instance().instantiate_sweeper(
+        hydra_context=HydraContext(config_loader=None, callbacks=None), task_function=lambda _: None, config=whole
+    )
+    return whole, jobs_of(launched.grids, launched.scales[scale], arguments), arguments
 
 
 def test_a_grid_is_a_product_and_the_command_line_takes_its_place():
@@ -64,148 +68,99 @@ def test_a_grid_is_a_product_and_the_command_line_takes_its_place():
     assert jobs_of([{}], [{}], ["method=wanda,dass"]) == [["method=wanda"], ["method=dass"]]
 
 
-def test_every_experiment_is_counted_here():
-    assert set(PAPER) == set(experiment_names())
-
-
-@pytest.mark.parametrize("scale", ["small", "paper"])
-@pytest.mark.parametrize("name", sorted(PAPER))
-def test_an_experiment_is_what_hydra_composes(hydra, name, scale):
-    experiment = loaded(name, scale)
-    assert experiment.kind in KINDS
-    if scale == "paper":
-        assert len(experiment.runs) == PAPER[name]
-        assert {run.config["calibration"]["name"] for run in experiment.runs} <= {"c4", "wikitext2"}
-        assert all(run.config["calibration"]["seq_len"] == 2048 for run in experiment.runs)
-        assert all(run.config["model"]["hub_id"] for run in experiment.runs)
-    else:
-        assert not any(run.config["model"]["hub_id"] for run in experiment.runs)
-    assert len({run.design for run in experiment.runs}) == len(experiment.runs)
-
-    whole = compose("prune", [f"experiment={name}", f"scale={scale}"], return_hydra_config=True)
-    sweeper = OmegaConf.to_container(whole.hydra.sweeper, resolve=True)
-    jobs = jobs_of(sweeper["grids"], sweeper["scales"][scale], [f"experiment={name}", f"scale={scale}"])
-    launched = Plugins.instance().instantiate_sweeper(  # what Hydra itself makes of the file
-        hydra_context=HydraContext(config_loader=None, callbacks=None), task_function=lambda _: None, config=whole
-    )
-    assert jobs == jobs_of(launched.grids, launched.scales[scale], [f"experiment={name}", f"scale={scale}"])
-    by_design = {run.design: run.config for run in experiment.runs}
-    for job in jobs[:: max(1, len(jobs) // 2)]:
-        hydras = compose("prune", job)
-        assert OmegaConf.to_container(hydras, resolve=True) == by_design[design_of(OmegaConf.to_object(hydras))]
-        if scale == "paper":
-            hydras.device = "cpu"
-            assert re.match(r"[0-9a-f]{16} \w+ \w+.*: model hub_id \S+/\S+ @ [0-9a-f]{40} in ", prune.dry_run(hydras))
-
-
-def test_the_scales_of_an_experiment_differ_in_scale_only(hydra):
-    """The same grids; what differs comes with the scale: models, texts and numbers of tokens."""
-    for name in experiment_names():
-        small, paper = (loaded(name, scale) for scale in ("small", "paper"))
-        methods = [{json.dumps(run.config["method"]) for run in each.runs} for each in (small, paper)]
-        assert methods[0] == methods[1], name
-
-
-def test_a_dry_run_prints_every_run_and_loads_nothing(tmp_path):
-    command = [sys.executable, "-m", "experiments.prune", "experiment=table1_perplexity", "scale=paper"]
-    settings = ["model=llama2_70b,mistral_7b", "dry_run=true", f"results_dir={tmp_path}", "device=cpu"]
-    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
-    assert len(lines) == 2 * 13
-    assert len({line.split()[0] for line in lines}) == len(lines)
-    assert sum("meta-llama/Llama-2-70b-hf" in line for line in lines) == 13
-    assert any("llama2_70b dass 4:8: model" in line and "128 x 2048 tokens" in line for line in lines)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_fails_is_recorded_and_the_others_go_on(setting, tmp_path):  # noqa: F811
-    shutil.copytree(tmp_path / "model", tmp_path / "broken")
-    next((tmp_path / "broken").glob("*.safetensors")).write_bytes(b"no weights")
-    rest = [o for o in setting if not o.startswith("model.path=")]
-    sweep = [f"model.path={tmp_path}/broken,{tmp_path}/model", "method=dense,wanda", "report=perplexity"]
-    command = [sys.executable, "-m", "experiments.prune", "-m", *rest, *sweep]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "2 of 4 runs failed:" in done.stderr and done.stderr.count(f"model.path={tmp_path}/broken") >= 2
-    assert "Traceback" not in done.stderr
-    assert len(records(tmp_path)) == 2
-    failures = read_failures(tmp_path / "runs")
-    assert len(failures) == 2 and all("Cannot load" in why and "broken" in why for why in failures.values())
-
-    shutil.copytree(tmp_path / "model", tmp_path / "broken", dirs_exist_ok=True)
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
-    assert len(records(tmp_path)) == 2  # with the same contents it is the same model, whose records are there
-    assert read_failures(tmp_path / "runs") == {}
-
-
-def make_report(tmp_path, hydra, name="table1_perplexity", **settings):
-    overrides = [f"tables={name}", f"records={tmp_path}/runs", f"output={tmp_path}/out"]
-    report(compose("report", [*overrides, *(f"{key}={value}" for key, value in settings.items())]))
-    return (tmp_path / "out" / "tables" / f"{name}.md").read_text()
-
-
-def record_of(run, values, run_id):
-    """A record of a planned run, with the losses of its windows."""
-    calibrates = ["calibration"] * run.calibrates
-    record = make_record(run_id, run.config["method"]["name"], values)
-    record["config"] = run.config | {"resolved": {"dtype": "float32"}}
-    record["stages"] = {name: record["stages"]["load"] for name in ("load", "pruning", "evaluation", *calibrates)}
-    record["metrics"][0] |= {"dataset": run.config["evaluation"]["name"], "seq_len": 512}
-    return record
-
-
-def test_a_missing_cell_is_shown_with_the_reason(tmp_path, hydra):
-    runs = loaded("table1_perplexity", "small").runs
-    label = {(r.config["model"]["name"], r.config["method"]["name"], r.config["sparsity"]["name"]): r for r in runs}
-    wanda, dass = label["smollm2_135m", "wanda", "2of4"], label["smollm2_135m", "dass", "2of4"]
-    gemma = label["gemma3_270m", "wanda", "2of4"]
-    for run_id, run, values in (("a" * 16, wanda, losses(0.4, 0.02)), ("b" * 16, dass, losses(0.2, 0.03))):
-        record = record_of(run, values, run_id)
-        assert design_of_record(record) == run.design
-        write_record(tmp_path / "runs", record)
-    write_failure(tmp_path / "runs", {"design": gemma.design, "why": "Gemma is gated: log in.", "config": gemma.config})
-    text = make_report(tmp_path, hydra)
-    rows = {tuple(c.strip() for c in line.split("|")[1:3]): line for line in text.splitlines() if line[:1] == "|"}
-    assert f"{np.exp(losses(0.2, 0.03).mean()):.2f}" in rows["2:4", "dass"]
-    assert rows["50%", "dass"].count("—") == 5
-    assert "gemma3_270m" in text and "Gemma is gated: log in." in text and "not run yet" in text
-
-    (tmp_path / "runs" / "corrupt.json").write_text("{")
-    (tmp_path / "runs" / "foreign.json").write_text('{"id": "foreign"}')
-    assert make_report(tmp_path, hydra) == text
-
-
-def test_published_numbers_stand_beside_ours_and_say_whether_they_compare(tmp_path, hydra):
-    runs = loaded("table1_perplexity", "paper").runs
-    run = next(
-        r
-        for r in runs
-        if (r.config["model"]["name"], r.config["method"]["name"], r.config["sparsity"]["name"])
-        == ("llama2_7b", "wanda", "2of4")
-    )
-    dense = next(r for r in runs if (r.config["model"]["name"], r.config["method"]["name"]) == ("llama2_7b", "dense"))
-    for index, each in enumerate((run, dense)):
-        record = record_of(each, losses(0.1 * index), f"{index}" * 16)
-        record["metrics"][0] |= {"seq_len": 4096 if each is dense else 2048}
-        write_record(tmp_path / "runs", record)
-    overrides = ["tables=table1_perplexity", "at_scale=paper", f"records={tmp_path}/runs", f"output={tmp_path}/out"]
-    report(compose("report", [*overrides, f"published={ROOT}/results/published"]))
-    text = (tmp_path / "out" / "tables" / "table1_perplexity_paper.md").read_text()
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| llama2_7b")]
-    wanda = [row for row in rows if row[1:3] == ["wanda", "2:4"]]
-    assert {row[4] for row in wanda} == {"11.02", "11.15"}
-    assert all(row[7] == "no: sequence length, targets" for row in wanda)
-    at_4096 = [row for row in rows if row[1] == "dense" and row[4] == "5.12"]
-    assert at_4096 and all(row[7] == "yes" for row in at_4096)
-    assert all(row[3] == "—" for row in rows if row[1] == "sparsegpt")
-
-
-def test_the_ten_experiments_have_targets():
+def test_every_experiment_is_counted_here_and_has_a_target():
+    assert set(PAPER) == {path.stem for path in (CONF / "experiment").glob("*.yaml")}
     makefile = (ROOT / "Makefile").read_text()
     targets = makefile.split("EXPERIMENTS := ")[1].split("\n\n")[0].replace("\\\n", " ").split("\n")[0].split()
     names = {"table1_perplexity" if target == "table1" else target.replace("-", "_") for target in targets}
     assert names == set(PAPER) - {"reproduce"}
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_an_experiment_at_both_scales(hydra, name):
+    """The same methods; what differs comes with the scale: models, texts and numbers of tokens."""
+    methods = {}
+    for scale in ("small", "paper"):
+        whole, jobs, _ = sweep_of(name, scale)
+        assert whole.report in KINDS
+        chosen = jobs if scale == "small" else jobs[:: max(1, len(jobs) // 3)]
+        configs = [check(compose("prune", job)).composed for job in chosen]
+        if scale == "paper":
+            twice = 2 if name == "ablation_calibration" else 0  # the dense runs, whose calibration text is not read
+            assert len(jobs) == PAPER[name] + twice
+            assert {config["calibration"]["name"] for config in configs} <= {"c4", "wikitext2"}
+            assert all(config["calibration"]["seq_len"] == 2048 for config in configs)
+            assert all(config["model"]["hub_id"] and config["model"]["revision"] for config in configs)
+        else:
+            assert not any(config["model"]["hub_id"] for config in configs)
+        methods[scale] = {json.dumps(config["method"]) for config in configs}
+    assert methods["paper"] <= methods["small"]
+
+
+@pytest.mark.parametrize("name", ["reproduce", "ablation_granularity", "ablation_calibration", "diagnostics"])
+def test_the_committed_manifest_is_the_experiment(hydra, tmp_path, name):
+    """Its runs in the order of the sweep, with the identities that they have today, and each with its record."""
+    whole, jobs, arguments = sweep_of(name, "small")
+    planned = read_manifest(write_sweep(tmp_path, plan_sweep(whole, jobs, arguments)))
+    committed = read_manifest(ROOT / "results" / "runs" / "manifests" / f"{name}-small.json")
+    assert (planned.name, planned.report, planned.command) == (committed.name, committed.report, committed.command)
+    assert planned.runs == committed.runs
+    for run in committed.runs:
+        assert read_record(ROOT / "results" / "runs" / f"{run.fingerprint}.json")["config"]["method"] is not None
+
+
+def test_a_sweep_of_ones_own_has_a_manifest_of_its_own(hydra):
+    whole, jobs, arguments = sweep_of("reproduce", "small")
+    assert plan_sweep(whole, jobs, arguments).name == "reproduce-small"
+    assert plan_sweep(whole, jobs, [*arguments, "results_dir=x", "hydra.launcher.n_jobs=2"]).name == "reproduce-small"
+    restricted = plan_sweep(whole, jobs, [*arguments, "method=wanda"]).name
+    assert re.fullmatch(r"reproduce-small-[0-9a-f]{8}", restricted)
+    assert plan_sweep(whole, jobs, [*arguments, "method=dass"]).name != restricted
+    assert re.fullmatch(r"sweep-[0-9a-f]{8}", plan_sweep(whole, jobs, ["method=dass,wanda"]).name)
+    whole.dry_run = True
+    assert plan_sweep(whole, jobs, arguments) is None
+
+
+def test_a_dry_run_prints_every_run_and_loads_nothing(tmp_path):
+    settings = ["model=llama2_70b,mistral_7b", "dry_run=true", f"results_dir={tmp_path}", "device=cpu"]
+    done = command("experiment=table1_perplexity", "scale=paper", *settings)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
+    assert len(lines) == 2 * 13
+    assert len({line.split()[0] for line in lines}) == len(lines)
+    assert sum("meta-llama/Llama-2-70b-hf @ 3aba440b" in line for line in lines) == 13
+    assert any("llama2_70b dass 4:8: model" in line and "128 x 2048 tokens" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_run_of_a_sweep_is_told_in_its_manifest(setting, tmp_path):  # noqa: F811
+    shutil.copytree(tmp_path / "model", tmp_path / "broken")
+    next((tmp_path / "broken").glob("*.safetensors")).write_bytes(b"no weights")
+    rest = [o for o in setting if not o.startswith("model.path=")]
+    sweep = [f"model.path={tmp_path}/broken,{tmp_path}/model", "method=dense,wanda"]
+    done = command("-m", *rest, *sweep, f"save_model={tmp_path}/saved")
+    assert done.returncode == 1
+    assert "2 of 4 runs failed:" in done.stderr and done.stderr.count(f"model.path={tmp_path}/broken") >= 2
+    assert "Traceback" not in done.stderr
+    ids = {record["id"] for record in records(tmp_path)}
+    assert len(ids) == 2
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == ids  # a folder for each run, none overwritten
+    (path,) = (tmp_path / "runs" / "manifests").iterdir()
+    assert f"experiments.report manifest={path}" in done.stdout
+    manifest = read_manifest(path)
+    assert {run.fingerprint for run in manifest.runs if run.why is None} == ids
+    assert [run.why for run in manifest.runs if run.why] == [
+        run.why for run in manifest.runs if "broken" in str(run.config["model"]["path"])
+    ]
+    report = [sys.executable, "-m", "experiments.report", f"manifest={path}", f"records={tmp_path}/runs"]
+    done = subprocess.run([*report, f"output={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Cannot load" in next((tmp_path / "out" / "tables").glob("*.md")).read_text()
+
+    shutil.copytree(tmp_path / "model", tmp_path / "broken", dirs_exist_ok=True)
+    assert command("-m", *rest, *sweep).returncode == 0
+    assert len(records(tmp_path)) == 2  # with the same contents it is the same model, whose records are there
+    assert all(run.why is None for run in read_manifest(path).runs)
 
 
 def test_evaluate_scores_a_saved_model_like_a_dense_run(setting, tmp_path):  # noqa: F811
@@ -245,37 +200,15 @@ def test_methods_are_compared_and_the_model_stays_dense(setting, tmp_path):  # n
         (["method=compare", "evaluation=none", "method.methods=[wanda,dense]"], "dense, which is no method"),
     ],
 )
-def test_comparisons_that_mean_nothing_are_refused(setting, overrides, message):  # noqa: F811
-    from experiments.resolve import resolve
-
+def test_comparisons_that_mean_nothing_are_refused(setting, hydra, overrides, message):  # noqa: F811
     others = [o for o in setting if not o.startswith("evaluation.")]
-    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(DassError, match=message):
+    with pytest.raises(DassError, match=message):
         resolve(compose("prune", [*others, *overrides]))
 
 
-def test_tables_and_figures_go_to_wandb_offline(tmp_path, hydra, monkeypatch):
-    run = next(r for r in loaded("reproduce", "small").runs if r.config["method"]["name"] == "wanda")
-    write_record(tmp_path / "runs", record_of(run, losses(0.4), "a" * 16))
-    monkeypatch.chdir(tmp_path)
-    logged = {}
-    import wandb
-
-    init = wandb.init
-
-    def spy(**settings):
-        run = init(**settings)
-        logged["group"] = settings["group"]
-        monkeypatch.setattr(run, "log", lambda values: logged.update(values))
-        return run
-
-    monkeypatch.setattr(wandb, "init", spy)
-    make_report(tmp_path, hydra, "reproduce", log_to="wandb")
-    assert logged["group"] == "reproduce" and isinstance(logged["reproduce_figure"], wandb.Image)
-    table = logged["reproduce"]
-    assert len(table.data) == 5 and "perplexity" in table.columns
-    assert list((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
-
-
-def test_a_wrong_experiment_is_one_sentence(tmp_path, hydra):
-    with pytest.raises(DassError, match="There is no experiment tabel1: choose one of ablation_alpha"):
-        make_report(tmp_path, hydra, "tabel1")
+def test_the_composed_config_is_what_a_record_holds(setting, hydra, tmp_path):  # noqa: F811
+    config = compose("prune", [*setting, "method=magnitude"])
+    prune.main(config)
+    (record,) = records(tmp_path)
+    resolved = record["config"].pop("resolved")
+    assert record["config"] == OmegaConf.to_container(config, resolve=True) and resolved["dtype"] == "float32"

@@ -38,7 +38,7 @@ def test_every_model(capsys, model):
     for method in plan.METHODS:
         assert cells(out, method, "whole run")
     assert "an estimate" in out and "none is measured" in out and "0.4 x peak" in out
-    assert ("the walk refuses this model" in out) == (model == "mixtral_8x7b")
+    assert ("8 per token; that experts" in out) == (model == "mixtral_8x7b")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,23 +1,20 @@
-"""The block map on every architecture, and on models that it must refuse."""
+"""The block map on every layout, and on models that it must refuse."""
 
 import copy
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-)
+from torch import nn
 
 from dass.errors import DassError
-from dass.pruning.blocks import find_blocks
-from tests.models import ARCHITECTURES, tiny_model
+from dass.pruning.blocks import find_blocks, mlp_matrices
+from dass.pruning.masks import NM
+from dass.pruning.method import BlockPruner, Method
+from dass.pruning.walk import prune_model, walk
+from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
+from tests.pruning.naive import EXPERTS, LINEARS, decoder, matrices_of
+
+WANDA = Method("wanda", dict.fromkeys(("gate", "up", "down"), "in"), NM(2, 4))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -26,57 +23,284 @@ def test_every_architecture(architecture):
     blocks = find_blocks(model)
     assert [block.name for block in blocks] == [f"model.layers.{i}" for i in range(3)]
     for i, block in enumerate(blocks):
-        assert list(block.projections) == ["gate", "up", "down", "q", "k", "v", "o"]
-        for role, projection in block.projections.items():
-            kind = "mlp" if role in ("gate", "up", "down") else "self_attn"
-            assert projection.name == f"model.layers.{i}.{kind}.{role}_proj"
-            assert projection.linear is model.get_submodule(projection.name)
+        assert [p.role for p in block.projections] == ["gate", "up", "down", "q", "k", "v", "o"]
+        for projection in block.projections:
+            kind = "mlp" if projection.role in ("gate", "up", "down") else "self_attn"
+            assert projection.name == f"model.layers.{i}.{kind}.{projection.role}_proj"
+            layer = model.get_submodule(projection.name)
+            assert projection.module is layer and projection.weight.data_ptr() == layer.weight.data_ptr()
+        (unit,) = block.units
+        assert unit.name == f"model.layers.{i}.mlp" and not unit.routed
         assert block.mixer is model.model.layers[i].self_attn
 
 
 def test_blocks_are_found_wherever_they_are():
-    wrapped = torch.nn.ModuleDict({"vision": torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 9), "text": tiny_model()})
+    wrapped = nn.ModuleDict({"vision": nn.ModuleList([nn.Linear(2, 2)] * 9), "text": tiny_model()})
     assert [block.name for block in find_blocks(wrapped)] == [f"text.model.layers.{i}" for i in range(3)]
 
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_views_write_into_the_parameters_that_are_known_by_hand(layout):
+    model = tiny_model(layout)
+    for block, module in zip(find_blocks(model), decoder(model), strict=True):
+        by_hand = {}
+        for name, matrices in matrices_of(layout, module).items():
+            by_hand |= {(name, role): matrix for role, matrix in matrices.items()}
+        found = {}
+        for unit in block.units:
+            place = unit.name.removeprefix(block.name).removeprefix(".")
+            is_expert = unit.routed
+            found |= {(place if is_expert else "mlp", role): p for role, p in unit.projections.items()}
+        found |= {("attention", role): p for role, p in block.attention.items()}
+        assert found.keys() == by_hand.keys()
+        assert len({p.name for p in found.values()}) == len(found)
+        for key, p in found.items():
+            before = copy.deepcopy(model.state_dict())
+            new = torch.randn(p.weight.shape)
+            p.weight.copy_(new)
+            assert torch.equal(by_hand[key], new), key
+            changed = sum(int((value != before[name]).sum()) for name, value in unique(model).items())
+            assert changed == new.numel(), key
+
+
+def unique(model):
+    """Every parameter once, tied ones too."""
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_matrix_of_an_mlp_is_forgotten(layout):
+    """All that is left of a block's matrices are attention, routers and one bias for each expert."""
+    model = tiny_model(layout)
+    blocks = find_blocks(model)
+    expected = 0
+    for module in decoder(model):
+        for name, parameter in module.named_parameters():
+            other = ("attn", "attention", "router", "bias", "mlp.gate.", "shared_expert_gate")
+            if parameter.ndim > 1 and not any(word in name for word in other):
+                expected += parameter.numel()
+    targeted = [p.weight for block in blocks for unit in block.units for p in unit.projections.values()]
+    assert sum(weight.numel() for weight in targeted) == expected > 0
+    assert sum(matrix.numel() for matrix in mlp_matrices(blocks)) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_row_i_of_gate_and_up_belongs_to_column_i_of_down(layout):
+    """Judged by the model's own forward: where column i of down is 0, row i of gate and up does not matter."""
+    model = tiny_model(layout, torch.float64)
+    input_ids = random_tokens(3)
+
+    def outputs():
+        return model(input_ids, use_cache=False).logits
+
+    dense = outputs()
+    for block in find_blocks(model):
+        for unit in block.units:
+            down = unit.projections["down"].weight
+            i = down.shape[1] // 2 + 1
+            column = down[:, i].clone()
+            down[:, i] = 0
+            without = outputs()
+            rows = [p.weight[i] for role, p in unit.projections.items() if role != "down"]
+            kept = [row.clone() for row in rows]
+            for row in rows:
+                row += torch.randn(row.shape, dtype=row.dtype)
+            torch.testing.assert_close(outputs(), without, rtol=0, atol=1e-12)
+            down[:, i] = column
+            assert (outputs() - dense).abs().max() > 1e-6, unit.name
+            for row, old in zip(rows, kept, strict=True):
+                row.copy_(old)
+    assert torch.equal(outputs(), dense)
+
+
+@pytest.mark.parametrize("layout", EXPERTS)
+def test_each_expert_is_a_unit_with_inputs_of_its_own(layout):
+    block = find_blocks(tiny_model(layout))[1]
+    routed = [unit for unit in block.units if unit.routed]
+    assert [unit.name for unit in routed] == [f"{block.name}.{EXPERTS[layout]}.{e}" for e in range(3)]
+    reads = [{p.reads for p in unit.projections.values()} for unit in block.units]
+    assert all(len(own) == 2 for own in reads) and len(set.union(*reads)) == 2 * len(block.units)
+    assert bool(block.attention) == bool(LINEARS[layout][1])
+
+
+@pytest.mark.parametrize(
+    ("where", "extra"),
+    [
+        ("mlp", nn.Linear(32, 64)),
+        ("mlp", nn.Linear(64, 32)),
+        ("mlp", nn.Linear(32, 32)),
+        ("", nn.Linear(32, 48)),
+        ("", nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(40, 32))),
+    ],
+)
+def test_a_matrix_beside_the_mlp_is_named(where, extra):
+    model = tiny_model()
+    model.model.layers[1].get_submodule(where).add_module("extra", extra)
+    with pytest.raises(DassError, match=r"unknown layout.*layers.*extra"):
+        find_blocks(model)
+
+
+def test_a_second_mlp_beside_the_first_is_a_unit_of_its_own():
+    model = tiny_model()
+    model.model.layers[1].other = copy.deepcopy(model.model.layers[1].mlp)
+    assert [len(block.units) for block in find_blocks(model)] == [1, 2, 1]
+
+
+def test_gemma_4_with_an_input_for_each_layer_is_refused():
+    model = tiny_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=96)
+    with pytest.raises(DassError, match=r"layers\.0 has an unknown layout: .*per_layer_input_gate.* \(8, 16\)"):
+        find_blocks(model)
 
 
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)), r"2 x GPT2Block.*c_fc"),
-        (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=64)), "2 x GPTNeoXLayer.*dense_h_to_4h"),
-        (
-            lambda: MixtralForCausalLM(MixtralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2)),
-            "2 x MixtralDecoderLayer.*q_proj",
-        ),
-        (
-            lambda: Qwen2MoeForCausalLM(
-                Qwen2MoeConfig(**SMALL, moe_intermediate_size=16, shared_expert_intermediate_size=64, num_experts=4)
-            ),
-            "2 x Qwen2MoeDecoderLayer.*shared_expert",
-        ),
-        (lambda: torch.nn.Linear(2, 2), "no list of modules"),
+        (lambda: nn.Linear(2, 2), "no list of modules"),
+        (lambda: nn.ModuleList(), "an empty list"),
+        (lambda: nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 2)]), r"2 x Linear, layers\.0 with weight \(3, 2\)"),
+        (lambda: nn.ModuleList([nn.LSTM(4, 4)] * 2), "2 x LSTM"),
     ],
-    ids=["gpt2", "gpt-neox", "mixture-of-experts", "shared-expert", "no-decoder"],
+    ids=["no-list", "empty", "plain-layers", "recurrent"],
 )
 def test_an_unknown_layout_says_what_was_found(make, found):
     with pytest.raises(DassError, match=f"unknown layout.*{found}"):
-        find_blocks(make())
+        find_blocks(nn.ModuleDict({"layers": make()}))
 
 
-def test_a_list_inside_a_block_is_no_list_of_blocks():
-    """Such as experts: each holds a whole GLU, but they do not follow one another."""
+def test_shapes_that_are_no_mlp():
     model = tiny_model()
+    model.model.layers[1].mlp.up_proj = nn.Linear(32, 60, bias=False)
+    with pytest.raises(DassError, match=r"unknown layout.*gate, up and down.*layers\.1 with .*mlp\.up_proj\.weight \(60, 32\)"):
+        find_blocks(model)
+
+
+class Routed(nn.Module):
+    """Experts in a list, as models held them before transformers 5; each token goes to one."""
+
+    def __init__(self, mlp, n_experts):
+        super().__init__()
+        self.experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(n_experts))
+        self.router = nn.Linear(32, n_experts, bias=False)
+
+    def forward(self, x):
+        chosen, out = self.router(x).argmax(-1), torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            if (chosen == e).any():
+                out[chosen == e] = expert(x[chosen == e])
+        return out
+
+
+@torch.no_grad()
+def test_experts_in_a_list_are_units():
+    """The list is none of blocks: they do not follow one another. Each is pruned by the tokens that it saw."""
+    model = tiny_model(dtype=torch.float64)
     for block in model.model.layers:
-        block.mlp = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(copy.deepcopy(block.mlp) for _ in range(5))})
-    with pytest.raises(DassError, match="unknown layout"):
-        find_blocks(model)
+        block.mlp = Routed(block.mlp, 4).double()
+    blocks = find_blocks(model)
+    assert [unit.name for unit in blocks[1].units] == [f"model.layers.1.mlp.experts.{e}" for e in range(4)]
+    assert all(unit.routed for unit in blocks[1].units)
+    seen = {}
+    for e, expert in enumerate(model.model.layers[0].mlp.experts):
+        expert.down_proj.register_forward_pre_hook(lambda m, a, e=e: seen.update({e: a[0]}))
+    input_ids = random_tokens(12)
+    model(input_ids)
+    step = next(iter(walk(model, input_ids, BlockPruner(WANDA).needs, batch_size=12)))
+    for e, h in seen.items():
+        stream = step.streams[f"mlp.experts.{e}: intermediate"]
+        torch.testing.assert_close(stream.norm(), h.norm(dim=0), rtol=1e-9, atol=1e-9)
+        assert stream.n_tokens == len(h)
+    assert sum(map(len, seen.values())) == 288 and step.rare == {}
+    model.model.layers[1].mlp.router.weight[2] = model.model.layers[1].mlp.router.weight[:2].mean(0)
+    with pytest.raises(DassError, match=r"layers\.1\.mlp\.experts\.2 saw too few calibration tokens") as caught:
+        prune_model(model, BlockPruner(WANDA), input_ids)
+    assert caught.value.field == "calibration.min_expert_tokens"
 
 
-def test_shapes_that_are_no_gated_unit():
-    model = tiny_model()
-    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 60, bias=False)
-    with pytest.raises(DassError, match=r"model\.layers\.1 is not a gated linear unit.*\(60, 32\)"):
-        find_blocks(model)
+class Plain(nn.Module):
+    """A block whose matrices are all of one shape, with names that tell nothing: c reads silu(a x) * b x."""
+
+    def __init__(self, order, width=16):
+        super().__init__()
+        for name in order:
+            self.add_module(name, nn.Linear(width, width))
+
+    def forward(self, hidden_states, **kwargs):
+        x = hidden_states
+        return x + self.c(nn.functional.silu(self.a(x)) * self.b(x))
+
+
+def plain_model(order="abc"):
+    """A LLaMA whose blocks are such blocks."""
+    model = tiny_model("llama_biased", torch.float64)
+    torch.manual_seed(0)
+    model.model.layers = nn.ModuleList(Plain(order) for _ in range(2)).double()
+    return model
+
+
+GIVEN = {"gate": r"\.a$", "up": r"\.b$", "down": r"\.c$"}
+
+
+@pytest.mark.parametrize("order", ["abc", "cab", "bca"])
+@torch.no_grad()
+def test_roles_that_are_given(order):
+    model = plain_model(order)
+    for block in find_blocks(model, GIVEN):
+        (unit,) = block.units
+        for role, letter in zip(("gate", "up", "down"), "abc", strict=True):
+            assert unit.projections[role].name == f"{block.name}.{letter}"
+    input_ids = random_tokens()
+    seen = []
+    model.model.layers[0].c.register_forward_pre_hook(lambda m, a: seen.append(a[0].flatten(0, -2)))
+    model(input_ids)
+    pruner = BlockPruner(Method("dass", {"gate": "out", "up": "out", "down": "in"}, NM(2, 4)))
+    step = next(iter(walk(model, input_ids, pruner.needs, 2, projections=GIVEN)))
+    torch.testing.assert_close(step.streams["intermediate"].norm(), seen[0].norm(dim=0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "dass"])
+@pytest.mark.parametrize("order", ["cab", "acb", "bca"])
+def test_roles_that_are_guessed_wrong_are_refused_by_what_runs(order, criterion):
+    """Between three square matrices their order decides, and the walk finds out."""
+    model = plain_model(order)
+    with pytest.raises(DassError, match=r"layers\.0 has an unknown layout.*say with `projections`"):
+        prune_model(model, BlockPruner(Method(criterion, {"gate": "out", "up": "out"}, NM(2, 4))), random_tokens())
+
+
+@pytest.mark.parametrize("swapped", ["acb", "cba"])
+def test_roles_that_are_given_wrong_are_refused_by_what_runs(swapped):
+    given = {role: rf"\.{letter}$" for role, letter in zip(GIVEN, swapped, strict=True)}
+    with pytest.raises(DassError, match=r"layers\.0 has an unknown layout.*say with `projections`"):
+        list(walk(plain_model(), random_tokens(), BlockPruner(WANDA).needs, projections=given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"up": r"\.[bc]$"}, r"names .*layers\.0\.b and .*layers\.0\.c: give an expression that names one"),
+        ({"up": r"\.x$"}, "no list of blocks that all hold an MLP"),
+        ({"up": "("}, r"\( is not a regular expression"),
+        ({"qkv": "q"}, "role qkv is unknown"),
+    ],
+)
+def test_regular_expressions_that_do_not_fit(changes, says):
+    with pytest.raises(DassError, match=says) as caught:
+        find_blocks(plain_model(), GIVEN | changes)
+    assert caught.value.field == "model.projections"
+
+
+def test_given_roles_need_up_and_down_and_shapes_that_fit():
+    with pytest.raises(DassError, match="up and down are needed"):
+        find_blocks(plain_model(), {"gate": r"\.a$", "down": r"\.c$"})
+    with pytest.raises(DassError, match=r"none by its shapes: .*up model\.layers\.0\.mlp\.down_proj \(32, 64\)"):
+        find_blocks(tiny_model(), {"up": "down_proj", "down": "up_proj", "gate": "gate_proj"})
+    with pytest.raises(DassError, match="none by its shapes"):
+        find_blocks(tiny_model("mixtral"), {"up": "gate_up_proj", "down": "down_proj"})
+
+
+def test_a_fused_matrix_that_is_given_is_gate_and_up():
+    model = tiny_model("phi3")
+    given = find_blocks(model, {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"})
+    for one, other in zip(given, find_blocks(model), strict=True):
+        assert one.units == other.units

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +10,21 @@ import torch
 
 from dass.errors import DassError
 from dass.pruning.blocks import MLP_ROLES, find_blocks
-from dass.pruning.comparison import Comparison, norm_spread, reordered_share
+from dass.pruning.comparison import (
+    check_comparison,
+    compare_block,
+    comparison_needs,
+    diagnostics,
+    norm_spread,
+    reordered_share,
+)
 from dass.pruning.criteria import CRITERIA, criterion
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import BlockPruner, Method
-from dass.pruning.walk import prune_model
+from dass.pruning.statistics import InputStream
+from dass.pruning.walk import prune_model, walk
 from tests.models import random_tokens, tiny_model
+from tests.pruning.naive import decoder, look, matrices_of
 
 ALONG_INPUTS = dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "in")
 ALONG_OUTPUTS = {**ALONG_INPUTS, "gate": "out", "up": "out"}
@@ -31,9 +41,12 @@ def pruners(pattern=NM(2, 4), targets="mlp"):  # noqa: B008  (frozen)
 
 
 def compare(model, chosen, input_ids):
-    comparison = Comparison(chosen)
-    prune_model(model, comparison, input_ids, batch_size=2)
-    return comparison
+    """What a caller of the walk writes."""
+    check_comparison(chosen)
+    for pruner in chosen.values():
+        pruner.check(find_blocks(model))
+    steps = walk(model, input_ids, partial(comparison_needs, chosen), batch_size=2)
+    return diagnostics([compare_block(chosen, step.block, step.streams) for step in steps])
 
 
 def inputs_of(model, linear, input_ids):
@@ -51,7 +64,7 @@ def inputs_of(model, linear, input_ids):
 def test_errors_and_overlaps_are_those_of_each_method_alone(pattern, targets):
     model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
     chosen = pruners(pattern, targets)
-    measured = compare(model, chosen, input_ids).as_dict()
+    measured = compare(model, chosen, input_ids)
     roles = MLP_ROLES if targets == "mlp" else tuple(ALONG_INPUTS)
     for index, block in enumerate(find_blocks(model)):
         kept = {}
@@ -60,7 +73,8 @@ def test_errors_and_overlaps_are_those_of_each_method_alone(pattern, targets):
             only = BlockPruner(pruner.method, targets, exclude=rf"layers\.(?!{index}\.)")
             prune_model(alone, only, input_ids)
             for role in roles:
-                linear, pruned = block.projections[role].linear, find_blocks(alone)[index].projections[role].linear
+                layer = next(p.name for p in block.projections if p.role == role)
+                linear, pruned = model.get_submodule(layer), alone.get_submodule(layer)
                 x = inputs_of(model, linear, input_ids)
                 with torch.no_grad():
                     y, lost = linear(x), linear(x) - pruned(x)
@@ -77,19 +91,47 @@ def test_errors_and_overlaps_are_those_of_each_method_alone(pattern, targets):
     assert measured["jaccard"]["dass|repaired"]["gate"] == [1, 1, 1]
 
 
+@torch.no_grad()
+def test_errors_of_several_mlps_are_those_of_all_their_outputs():
+    """Of each expert for its own tokens, and for all that are routed where it saw too few."""
+    model, input_ids, layout = tiny_model("qwen2_moe", torch.float64), random_tokens(2, 12), "qwen2_moe"
+    chosen = pruners()
+    measured = compare(model, chosen, input_ids)
+    rare = 0
+    for index, block in enumerate(decoder(model)):
+        mlps = look(model, layout, block, input_ids, lambda neurons: 16, attention=False)
+        # all tokens run through an expert that saw few; each is routed to two, and so counts twice
+        times = [2 if seen.n_seen is not None and seen.n_seen < 16 else 1 for seen in mlps]
+        rare += sum(times) - len(times)
+        for name, pruner in chosen.items():
+            alone = copy.deepcopy(model)
+            only = BlockPruner(pruner.method, exclude=rf"layers\.(?!{index}\.)")
+            for step in walk(alone, input_ids, only.needs, min_expert_tokens=16):
+                only.prune(step.block, step.streams)
+            after = matrices_of(layout, decoder(alone)[index])
+            for role in MLP_ROLES:
+                lost = whole = 0.0
+                for seen, n in zip(mlps, times, strict=True):
+                    x, weight = seen.inputs[role], seen.matrices[role]
+                    lost += n * (x @ (weight - after[seen.name][role]).T).square().sum().item()
+                    whole += n * (x @ weight.T).square().sum().item()
+                assert measured["errors"][name][role][index] == pytest.approx(lost / whole, rel=1e-9)
+        norms = torch.cat([n**0.5 * seen.inputs["down"].norm(dim=0) for seen, n in zip(mlps, times, strict=True)])
+        assert measured["norms"]["cv"][index] == pytest.approx((norms.std(correction=0) / norms.mean()).item())
+    assert rare
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_stays_dense_bit_for_bit(dtype):
     model = tiny_model(dtype=dtype)
     before = copy.deepcopy(model.state_dict())
-    finished = []
-    prune_model(model, Comparison(pruners()), random_tokens(), on_block=finished.append)
+    compare(model, pruners(), random_tokens())
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
-    assert [one.pruned for one in finished] == [[], [], []]
 
 
 def test_a_method_that_fails_leaves_the_weights_as_they_were(monkeypatch):
-    monkeypatch.setattr("dass.pruning.criteria.CRITERIA", dict(CRITERIA))
+    monkeypatch.delitem(CRITERIA, "broken", raising=False)
 
     @criterion()
     def broken(weight, role, statistics):
@@ -109,7 +151,7 @@ def test_what_a_method_leaves_dense_has_no_number():
     chosen = pruners()
     chosen["magnitude"] = BlockPruner(chosen["magnitude"].method, exclude="(gate|up)_proj$")
     chosen["dass"] = BlockPruner(chosen["dass"].method, exclude=r"layers\.1\..*gate")
-    measured = compare(tiny_model(), chosen, random_tokens()).as_dict()
+    measured = compare(tiny_model(), chosen, random_tokens())
     assert list(measured["errors"]["magnitude"]) == ["down"] == list(measured["jaccard"]["magnitude|dass"])
     missing = [value is None for value in measured["errors"]["dass"]["gate"]]
     assert missing == [False, True, False] == [v is None for v in measured["jaccard"]["sparsegpt|dass"]["gate"]]
@@ -118,13 +160,14 @@ def test_what_a_method_leaves_dense_has_no_number():
 def test_the_norms_are_measured_on_the_intermediate_activations():
     model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
     chosen = {name: BlockPruner(pruner.method, exclude="down_proj$") for name, pruner in pruners().items()}
-    measured = compare(model, chosen, input_ids).as_dict()["norms"]
+    measured = compare(model, chosen, input_ids)["norms"]
     for index, block in enumerate(find_blocks(model)):
-        n = inputs_of(model, block.projections["down"].linear, input_ids).square().sum(0).sqrt().numpy()
+        mlp = model.get_submodule(block.name).mlp
+        n = inputs_of(model, mlp.down_proj, input_ids).square().sum(0).sqrt().numpy()
         assert measured["cv"][index] == pytest.approx(n.std() / n.mean())
         assert measured["p90_p10"][index] == pytest.approx(np.percentile(n, 90) / np.percentile(n, 10))
         shares = [
-            reordered_share(block.projections[role].linear.weight, torch.from_numpy(n)) for role in ("gate", "up")
+            reordered_share(layer.weight, torch.from_numpy(n)) for layer in (mlp.gate_proj, mlp.up_proj)
         ]
         assert measured["reordered"][index] == pytest.approx(np.mean(shares))
 
@@ -144,10 +187,16 @@ def test_reordered_pairs_by_looking_at_each(alpha):
 
 def test_uniform_norms_reorder_nothing_and_silent_neurons_give_no_ratio():
     block = find_blocks(tiny_model())[0]
-    uniform = norm_spread(block, torch.full((64,), 3.0))
+
+    def spread(norms):
+        stream = InputStream(64, torch.float32, torch.device("cpu"), False)
+        stream.add(norms[None])
+        return norm_spread(block, {"intermediate": stream})
+
+    uniform = spread(torch.full((64,), 3.0))
     assert (uniform.cv, uniform.p90_p10, uniform.reordered) == (0, 1, 0)
-    assert norm_spread(block, torch.arange(64.0).sub(20).relu()).p90_p10 is None
-    silent = norm_spread(block, torch.zeros(64))
+    assert spread(torch.arange(64.0).sub(20).relu()).p90_p10 is None
+    silent = spread(torch.zeros(64))
     assert (silent.cv, silent.p90_p10, silent.reordered) == (None, None, 0)
 
 
@@ -155,7 +204,7 @@ def test_json_takes_what_a_dead_block_leaves():
     """A down projection that reads only zeros has no relative error."""
     model = tiny_model()
     torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
-    measured = compare(model, pruners(), random_tokens()).as_dict()
+    measured = compare(model, pruners(), random_tokens())
     assert measured["errors"]["dass"]["down"][1] is None and measured["norms"]["cv"][1] is None
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
 
@@ -170,7 +219,7 @@ def test_json_takes_what_a_dead_block_leaves():
 )
 def test_refuses_what_cannot_be_compared(chosen, message):
     with pytest.raises(DassError, match=message):
-        Comparison(chosen)
+        check_comparison(chosen)
 
 
 def test_refuses_what_one_method_cannot_do_before_anything_runs():

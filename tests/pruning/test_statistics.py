@@ -8,7 +8,7 @@ from dass.pruning.blocks import find_blocks
 from dass.pruning.masks import NM
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.statistics import HESSIAN_BLOCK, InputStream, damped_inverse
-from dass.pruning.walk import enter_first_block, observe
+from dass.pruning.walk import enter_first_block, observe, open_streams
 from tests.models import random_tokens, tiny_model
 
 FEATURES = HESSIAN_BLOCK + 44
@@ -22,6 +22,7 @@ def test_streamed_equals_one_shot(dtype, with_hessian):
     stream = InputStream(FEATURES, dtype, torch.device("cpu"), with_hessian)
     for batch in x.split([1, 4, 2]):
         stream.add(batch)
+        stream.n_sequences += len(batch)
     exact = x.double().flatten(0, 1)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(stream.norm().double(), exact.norm(dim=0), rtol=tolerance, atol=tolerance)
@@ -43,7 +44,7 @@ def test_the_intermediate_norm_is_that_of_h():
     model = tiny_model(dtype=torch.float64)
     blocks, input_ids = find_blocks(model), random_tokens()
     pruner = BlockPruner(Method("dass", dict.fromkeys(("gate", "up"), "out"), NM(2, 4)))
-    streams = pruner.open_streams(blocks[0])
+    streams = open_streams(blocks[0], pruner.needs(blocks[0]))
     assert set(streams) == {"intermediate"}
     activations = enter_first_block(model, blocks, input_ids, 2)
     for hidden, calls in zip(activations.batches, activations.calls, strict=True):

@@ -10,7 +10,7 @@ from dass.pruning.masks import NM, Unstructured, select_mask, verify_mask
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.statistics import InputStream, damped_inverse
 from dass.pruning.update import obs_sweep
-from dass.pruning.walk import prune_model
+from dass.pruning.walk import open_streams, prune_model
 from tests.models import random_tokens, tiny_model
 
 ROLES = ("gate", "up", "down", "q", "k", "v", "o")
@@ -73,9 +73,10 @@ def sparsegpt_layer(pattern, axis, x, weights):
     model = tiny_model(dtype=torch.float64)
     block = find_blocks(model)[0]
     for role, weight in weights.items():
-        block.projections[role].linear.weight.data.copy_(weight)
-    pruner = BlockPruner(Method("obs", dict.fromkeys(ROLES, axis), pattern, "obs", block_size=16), exclude="down_proj")
-    streams = pruner.open_streams(block)
+        block.units[0].projections[role].weight.copy_(weight)
+    method = Method("obs", dict.fromkeys(ROLES, axis), pattern, "obs", {"block_size": 16})
+    pruner = BlockPruner(method, exclude="down_proj")
+    streams = open_streams(block, pruner.needs(block))
     streams["mlp input"].add(x[None])
     with torch.no_grad():
         return {pruned.projection.role: pruned for pruned in pruner.prune(block, streams)}
@@ -107,7 +108,7 @@ def test_gate_and_up_together_equal_each_alone(pattern):
         expected[zeros] = 0
         verify_mask(pruned[role].mask)
         assert torch.equal(pruned[role].mask.keep, ~zeros)
-        torch.testing.assert_close(pruned[role].projection.linear.weight.data, expected)
+        torch.testing.assert_close(pruned[role].projection.weight, expected)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.4)], ids=str)
@@ -116,7 +117,7 @@ def test_masks_of_the_sweep_obey_their_axis(pattern, axis):
     weights = {role: torch.randn(64, 32, dtype=torch.float64) for role in ("gate", "up")}
     for pruned in sparsegpt_layer(pattern, axis, correlated(300, 32), weights).values():
         verify_mask(pruned.mask)
-        assert torch.equal(pruned.projection.linear.weight != 0, pruned.mask.keep)
+        assert torch.equal(pruned.projection.weight != 0, pruned.mask.keep)
 
 
 def test_dead_inputs_are_cleared():
@@ -124,7 +125,7 @@ def test_dead_inputs_are_cleared():
     x[:, 5] = 0
     weights = {role: torch.randn(64, 32, dtype=torch.float64) for role in ("gate", "up")}
     for pruned in sparsegpt_layer(NM(2, 4), "in", x, weights).values():
-        assert (pruned.projection.linear.weight[:, 5] == 0).all()
+        assert (pruned.projection.weight[:, 5] == 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -142,6 +143,7 @@ def test_dead_inputs_weigh_as_in_the_original():
     stream = InputStream(6, torch.float64, torch.device("cpu"), True)
     for sequence in x:
         stream.add(sequence[None])
+        stream.n_sequences += 1
     hessian = 2 / 5 * torch.einsum("btj,btk->jk", x, x)
     hessian[4, 4] = 1
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(6)
@@ -171,7 +173,7 @@ def test_reconstruction_error_is_below_wandas(pattern):
     repaired = sparsegpt_layer(pattern, "layer", x, weights)
     for role, weight in weights.items():
         keep = select_mask(weight.abs() * x.norm(dim=0), pattern, "in").keep
-        assert layer_error(x, weight, repaired[role].projection.linear.weight.data) < 0.9 * layer_error(
+        assert layer_error(x, weight, repaired[role].projection.weight) < 0.9 * layer_error(
             x, weight, weight * keep
         )
 
@@ -184,15 +186,9 @@ def test_obs_on_a_fixed_mask_lowers_its_error_and_keeps_zeros(criterion, axis, p
     dense, input_ids = tiny_model(dtype=torch.float64), random_tokens(12)
     results = {}
     for update in ("none", "obs"):
-        model, masks = tiny_model(dtype=torch.float64), {}
+        model = tiny_model(dtype=torch.float64)
         method = Method(criterion, dict.fromkeys(ROLES, axis), pattern, update)
-        pruner = BlockPruner(method)
-        prune_model(
-            model,
-            pruner,
-            input_ids,
-            on_block=lambda finished, masks=masks: masks.update({p.projection.name: p.mask for p in finished.pruned}),
-        )
+        masks = prune_model(model, BlockPruner(method), input_ids)
         for name, mask in masks.items():
             verify_mask(mask, name)
             assert (model.get_parameter(f"{name}.weight")[~mask.keep] == 0).all()

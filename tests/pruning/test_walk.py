@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from torch.nn.functional import linear
+
 from dass.errors import DassError
 from dass.pruning.blocks import find_blocks
 from dass.pruning.masks import NM, Unstructured
@@ -44,8 +46,9 @@ def prune_two_of_four(scores, axis):
 
 def naive(model, input_ids, criterion, roles):
     """Prune block by block; before each block, the whole model runs again on every sequence, alone."""
-    for block in find_blocks(model):
-        linears = {role: block.projections[role].linear for role in (*roles, "down")}
+    for block in model.model.layers:
+        places = {role: block.self_attn if role in "qkvo" else block.mlp for role in (*roles, "down")}
+        linears = {role: place.get_submodule(f"{role}_proj") for role, place in places.items()}
         inputs = inputs_of(model, input_ids, linears)
         norms = {role: x.square().sum(0).sqrt() for role, x in inputs.items()}
         for role in roles:
@@ -141,14 +144,18 @@ def test_arguments_that_depend_on_the_tokens():
 
 
 def test_statistics_that_miss_tokens_are_no_statistics():
-    """An MLP that does not call its down projection, or in pieces, would be pruned on what was seen."""
+    """An MLP that multiplies with a copy of its weights, or works in pieces, would be pruned on what was seen."""
     model = tiny_model()
-    mlp = model.model.layers[1].mlp
-    mlp.forward = lambda x: torch.nn.functional.linear(
-        mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight
-    )
+    mlp, whole = model.model.layers[1].mlp, type(model.model.layers[1].mlp).forward
+    mlp.forward = lambda x: linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight.clone())
     with pytest.raises(DassError, match=r"layers\.1 has an unknown layout.*intermediate passed 0 of 120 tokens"):
         prune_model(model, BlockPruner(DASS), random_tokens())
+    mlp.forward = lambda x: torch.cat([whole(mlp, part) for part in x.split(20, dim=1)], dim=1)
+    with pytest.raises(DassError, match=r"layers\.1 has an unknown layout.*intermediate passed 100 of 120 tokens"):
+        prune_model(model, BlockPruner(DASS), random_tokens())
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(2 * x))
+    with pytest.raises(DassError, match=r"gate_proj and .*up_proj do not read the same tensor"):
+        prune_model(model, BlockPruner(WANDA), random_tokens())
     model = tiny_model()
     model.config.num_hidden_layers = 2
     with pytest.raises(DassError, match="runs 2 of the 3 blocks"):
@@ -175,12 +182,12 @@ def test_attention_runs_once_when_only_the_mlp_is_pruned():
     runs = {}
     for targets in ("mlp", "all"):
         model = tiny_model()
-        block = find_blocks(model)[1]
+        block = model.model.layers[1]
         counts = {"attention": 0, "gate": 0, "down": 0}
         for name, module in [
-            ("attention", block.projections["q"].linear),
-            ("gate", block.projections["gate"].linear),
-            ("down", block.projections["down"].linear),
+            ("attention", block.self_attn.q_proj),
+            ("gate", block.mlp.gate_proj),
+            ("down", block.mlp.down_proj),
         ]:
             module.register_forward_hook(lambda *_, n=name, c=counts: c.update({n: c[n] + 1}))
         prune_model(model, BlockPruner(WANDA, targets), random_tokens(4), batch_size=2)
@@ -214,17 +221,15 @@ def test_same_tokens_give_the_same_bits():
 
 def test_excluded_projections_stay_dense():
     model, dense = tiny_model(), tiny_model()
-    seen = []
-    prune_model(model, BlockPruner(WANDA, exclude=r"layers\.1\.|up_proj"), random_tokens(), on_block=seen.append)
+    masks = prune_model(model, BlockPruner(WANDA, exclude=r"layers\.1\.|up_proj"), random_tokens())
     for name, weight in model.named_parameters():
         pruned = ("gate_proj" in name or "down_proj" in name) and "layers.1." not in name
         assert torch.equal(weight, dense.get_parameter(name)) != pruned, name
-    assert [len(finished.pruned) for finished in seen] == [2, 0, 2]
-    assert all(finished.seconds > 0 for finished in seen)
+    assert list(masks) == [f"model.layers.{i}.mlp.{role}_proj" for i in (0, 2) for role in ("gate", "down")]
 
 
 def test_without_statistics_nothing_runs():
     model = tiny_model()
     model.base_model.forward = None
     prune_model(model, BlockPruner(Method("magnitude", ALONG_INPUTS, NM(2, 4)), "all"), None)
-    assert (find_blocks(model)[0].projections["q"].linear.weight == 0).float().mean() == 0.5
+    assert (model.model.layers[0].self_attn.q_proj.weight == 0).float().mean() == 0.5

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dass.data import assets
-from dass.data.calibration import encode
+from dass.data.tokens import encode
 from dass.errors import DassError
 from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.training import tiny

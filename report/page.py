@@ -1,0 +1,172 @@
+"""Pages whose numbers come from the records: a Jinja template with the functions below.
+
+A sentence that a number must bear out is followed by `require(...)`; where the records no longer support it, the page
+is not built.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dass.errors import DassError
+from dass.manifests import Manifest
+from report.calibration import calibrated, source
+from report.diagnostics import diagnostics_frame
+from report.grid import with_error
+from report.runs import Run, planned_runs
+from report.tables import Cell, Difference, Table, build_tables, paired_difference
+from report.zero_shot import accuracy_difference
+
+SUFFIX = ".template.md"
+NOTE = "<!-- Built by `make tables` from {}: change that file. -->\n\n"
+VERDICTS = {-1: "holds here", 0: "cannot be told", 1: "does not hold here"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A table, asked by method and pattern; of several variants the one with these options, or the published one."""
+
+    table: Table
+
+    def cell(self, method: str, pattern: str, **options: Any) -> Cell:
+        """The one cell with a result; `axis` means that of gate and up. DassError if there is none, or several."""
+        wanted = {("axis.gate" if key == "axis" else key): value for key, value in options.items()}
+        cells = [c for c in self.table.cells if (c.variant.method, str(c.pattern), c.found) == (method, pattern, True)]
+        cells = [cell for cell in cells if wanted.items() <= cell.runs[0].options.items()]
+        if len(cells) > 1:
+            cells = [cell for cell in cells if cell.runs[0].as_published]
+        if len(cells) != 1:
+            raise DassError(f"The page asks for {method} at {pattern} {options}, of which there are {len(cells)}.")
+        return cells[0]
+
+    def ppl(self, method: str, pattern: str, **options: Any) -> float:
+        """The perplexity of a cell."""
+        return self.cell(method, pattern, **options).perplexity
+
+    def delta(self, method: str, pattern: str, than: str | dict[str, Any] = "wanda", **options: Any) -> Difference:
+        """The paired difference of a cell to another method, or to its own with other options."""
+        words, others = (than, {}) if isinstance(than, str) else (method, options | than)
+        one = self.cell(method, pattern, **options)
+        difference = paired_difference(one, self.cell(words, "dense" if words == "dense" else pattern, **others))
+        if difference is None:
+            raise DassError(f"The page compares {method} at {pattern} with {than}, which cannot be compared.")
+        return difference
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a template can ask for."""
+
+    runs: dict[str, list[Run]]
+    """By experiment."""
+
+    def view(self, experiment: str, model: str, text: str | None = None, sequences: int | None = None) -> View:
+        """The table of a model; of several calibration sets that with this text and number of sequences."""
+        tables = [table for table in build_tables(self._of(experiment)) if table.runs[0].model == model]
+        if text is not None:
+            sets = [(table, calibrated(table).config["calibration"]["n_sequences"]) for table in tables]
+            tables = [table for table, number in sets if (source(table), number) == (text, sequences)]
+        if len(tables) != 1:
+            raise DassError(f"The page asks for one table of {model} in {experiment}: there are {len(tables)}.")
+        return View(tables[0])
+
+    def run(self, experiment: str, method: str, pattern: str, model: str) -> Run:
+        """One run; DassError if there is none with a record, or several."""
+        key = (method, pattern, model)
+        found = [run for run in self._of(experiment) if run.record and (run.method, str(run.pattern), run.model) == key]
+        if len(found) != 1:
+            raise DassError(f"The page asks for one run {key} of {experiment}: there are {len(found)}.")
+        return found[0]
+
+    def minutes(self, *experiments: str) -> float:
+        """The stages of all runs of these experiments (none named: of all), each run once."""
+        runs = {run.id: run for name in experiments or self.runs for run in self._of(name)}
+        stages = [stage for run in runs.values() if run.record for stage in run.record["stages"].values()]
+        return sum(stage["seconds"] for stage in stages) / 60
+
+    def block_mean(self, model: str, measure: str, methods: str = "", role: str = "", reduce: str = "mean") -> float:
+        """A number of the diagnostics, over the blocks."""
+        measured = {run.model: run.record["diagnostics"] for run in self._of("diagnostics") if run.record}
+        rows = diagnostics_frame(measured).query(
+            "model == @model and measure == @measure and methods == @methods and role == @role"
+        )
+        return float(rows.value.agg(reduce))
+
+    def _of(self, experiment: str) -> list[Run]:
+        if experiment not in self.runs:
+            raise DassError(f"The page needs the sweep experiment={experiment} scale=small: launch it first.")
+        return self.runs[experiment]
+
+
+def verdict(*differences: Difference) -> str:
+    """Whether it holds that the first is better: of differences that agree. DassError where they do not."""
+    verdicts = {
+        VERDICTS[(difference.mean > 0) - (difference.mean < 0) if difference.counts else 0]
+        for difference in differences
+    }
+    if len(verdicts) != 1:
+        raise DassError(f"The records give {' and '.join(sorted(verdicts))}: give each its own verdict in the page.")
+    return verdicts.pop()
+
+
+def require(supported: bool, claim: str) -> str:
+    """Nothing, where the records support a claim; DassError where they do not."""
+    if not supported:
+        raise DassError(f'The records no longer support "{claim}": change the page.')
+    return ""
+
+
+def bold_best(cells: list[Cell], form: str = ".1f") -> list[str]:
+    """Perplexities; bold are the lowest and what cannot be told apart from it, where there is more than one."""
+    lowest = min(cells, key=lambda cell: cell.perplexity)
+    differences = [paired_difference(cell, lowest) for cell in cells]
+    best = [len(cells) > 1 and not (difference and difference.counts) for difference in differences]
+    return [
+        f"**{cell.perplexity:{form}}**" if b else f"{cell.perplexity:{form}}"
+        for cell, b in zip(cells, best, strict=True)
+    ]
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "f": lambda value, form: f"{value:{form}}".replace("-", "−"),
+    "pm": lambda difference, form="+.3f": with_error(difference.mean, difference.stderr, form),
+    "marked": lambda difference, form="+.3f": (
+        ("" if difference.counts else "≈ ") + with_error(difference.mean, difference.stderr, form)
+    ),
+    "errors": lambda difference: abs(difference.mean) / difference.stderr,
+    "delta": View.delta,
+    "ppl": View.ppl,
+    "exp": math.exp,
+    "log": math.log,
+}
+
+
+def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> str:
+    """The page of a template, filled from the runs of the experiments at the small scale.
+
+    Raises:
+        DassError: it asks for something that is not there, or says what the records do not support.
+    """
+    if not template.name.endswith(SUFFIX) or not template.is_file():
+        raise DassError(f"page={template} is not a file NAME{SUFFIX}: check the path.")
+    small = [manifest for manifest in manifests if manifest.name == f"{manifest.experiment}-small"]
+    page = Page({str(manifest.experiment): planned_runs(manifest, runs) for manifest in small})
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= FILTERS
+    environment.globals |= {name: getattr(page, name) for name in ("view", "run", "minutes", "block_mean")}
+    for function in (verdict, require, bold_best, accuracy_difference):
+        environment.globals[function.__name__] = function
+    try:
+        text = environment.from_string(template.read_text(encoding="utf-8")).render()
+    except jinja2.TemplateError as error:
+        raise DassError(f"{template} is not a template that can be filled ({error}): correct it.") from error
+    return NOTE.format(template.name) + text.strip("\n") + "\n"
+
+
+def page_path(template: Path) -> Path:
+    """Where the page of a template is written: NAME.md beside NAME.template.md."""
+    return template.with_name(template.name.removesuffix(SUFFIX) + ".md")

@@ -1,0 +1,71 @@
+"""Runs in words, for facts and titles; nothing is read out of them again."""
+
+from typing import Any
+
+from report.runs import Run, place_of
+
+
+def model_words(run: Run) -> str:
+    """The model with its dtype and its place."""
+    places = [f"{key}: {value}" for key, value in place_of(run.config["model"]).items()]
+    details = ", ".join(part for part in (run.setting.dtype, *places) if part)
+    return f"{run.model} ({details})" if details else run.model
+
+
+def evaluation_words(run: Run) -> str:
+    """The text and its windows, or the tasks and their items."""
+    evaluation = run.config["evaluation"]
+    if run.setting.evaluation is None:
+        return "none"
+    if run.losses:
+        return _text(evaluation, f"{len(run.losses)} windows", run.seq_len) + f", {run.tokens} tokens counted"
+    if evaluation["seq_len"] is None:  # zero-shot tasks
+        items = f"{evaluation['limit']} items" if evaluation["limit"] else "all items"
+        return f"{evaluation['name']}, {items} of each task (bos: {evaluation['bos']})"
+    return _text(evaluation, f"{evaluation['n_windows'] or 'all'} windows", evaluation["seq_len"])
+
+
+def calibration_words(run: Run) -> str:
+    """The text and its sequences."""
+    given = run.config["calibration"]
+    return _text(given, f"{given['n_sequences'] or 'all'} sequences", given["seq_len"]) if run.calibrates else "none"
+
+
+def machine_words(run: Run) -> str:
+    """Where it ran; empty where it did not."""
+    if run.record is None:
+        return ""
+    machine = run.record["machine"]
+    return f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['memory_gb']:g} GB"
+
+
+def facts_of(runs: list[Run], *names: str) -> dict[str, str]:
+    """The named facts of what holds for all runs of a table; and, where runs are missing, how many and why."""
+    words = {"model": model_words, "evaluation": evaluation_words, "calibration": calibration_words}
+    facts = {}
+    for name in names:
+        if name in words:  # a run with a record knows more
+            found = [words[name](run) for run in sorted(runs, key=lambda run: run.record is None)]
+        elif name == "pruned":
+            found = [run.setting.pruned or "none" for run in runs]
+        elif name == "machine":
+            found = ["; ".join(sorted({machine_words(run) for run in runs} - {""})) or "none"]
+        else:
+            found = [_seeds(runs)]
+        facts[name] = next((text for text in found if text != "none"), "none")
+    missing = [run for run in runs if run.why]
+    reasons = "; ".join(sorted({run.why for run in missing}))
+    return facts | ({"missing": f"{len(missing)} runs: {reasons}"} if missing else {})
+
+
+def _seeds(runs: list[Run]) -> str:
+    seeds = ", ".join(map(str, sorted({run.seed for run in runs if run.calibrates}))) or "none"
+    trained = ", ".join(map(str, sorted({run.training_seed for run in runs if run.training_seed is not None})))
+    return f"{seeds} (of the models' training: {trained})" if trained else seeds
+
+
+def _text(text: dict[str, Any], count: str, seq_len: int | None) -> str:
+    """A calibration or evaluation with all that its config says."""
+    counted = ("name", "n_sequences", "n_windows", "seq_len")
+    details = [f"{key}: {value}" for key, value in text.items() if key not in counted and value is not None]
+    return f"{text['name']}, {count} × {seq_len or 'all'} tokens ({', '.join(details)})"

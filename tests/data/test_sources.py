@@ -1,0 +1,95 @@
+"""Texts and tokens from files, damaged files, and the hub out of reach."""
+
+import gzip
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from dass.data.calibration import calibration_tokens
+from dass.data.sources import c4, find_source, text_file, wikitext2
+from dass.errors import DassError
+
+
+def test_text_files(tmp_path):
+    text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("w3 w4\nw5")
+    lines.write_text('{"text": "w3", "url": 1}\n\n{"text": "w4 w5"}\n')
+    assert text_file(text) == ["w3 w4\nw5"]
+    assert text_file(lines) == ["w3", "w4 w5"]
+    lines.write_text('{"text": "w3"}\n{"txt": "w4"}\n')
+    with pytest.raises(DassError, match=r"b\.jsonl, line 2"):
+        text_file(lines)
+    lines.write_text('{"text": null}\n')
+    with pytest.raises(DassError, match=r"b\.jsonl, line 1"):
+        text_file(lines)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b'{"text": "w3"}\n')[:-9], gzip.compress(b"{}\n")])
+def test_damaged_shards(tmp_path, content):
+    shard = tmp_path / "c4.json.gz"
+    shard.write_bytes(content)
+    with pytest.raises(DassError, match=r"c4\.json\.gz"):
+        c4(shard)
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "no file"), (b"", "no text"), (b"\xff\xfe\x00", "not UTF-8")])
+def test_text_that_is_not_there(tmp_path, content, says):
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DassError, match=says):
+        text_file(path)
+
+
+def test_tokens_file(tmp_path):
+    def read(n_sequences=None, seq_len=None, bos="none"):
+        return calibration_tokens("tokens_file", None, path, n_sequences, seq_len, 0, bos, False)
+
+    path = tmp_path / "tokens.safetensors"
+    input_ids = torch.arange(30).view(5, 6)
+    save_file({"input_ids": input_ids}, path)
+    assert torch.equal(read(), input_ids) and torch.equal(read(2, 6), input_ids[:2])
+    for settings, says in [((6, None), "holds 5 sequences"), ((None, 7), "sequences of 6 tokens")]:
+        with pytest.raises(DassError, match=says):
+            read(*settings)
+    with pytest.raises(DassError, match="used as it is"):
+        read(bos="per_sequence")
+    for bad in ({"input_ids": input_ids.float()}, {"input_ids": input_ids[0]}, {"other": input_ids}):
+        save_file(bad, path)
+        with pytest.raises(DassError, match="input_ids"):
+            read()
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(DassError, match="not a safetensors file"):
+        read()
+
+
+def test_the_hub_is_asked_for_the_pinned_revision_and_its_absence_is_one_sentence(monkeypatch, tmp_path):
+    asked = []
+
+    def refuse(*_, **given):
+        asked.append(given.get("revision"))
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    for read in (lambda: c4(None, "abc"), lambda: wikitext2("evaluation", None, "def")):
+        with pytest.raises(DassError, match="no route to the hub"):
+            read()
+    (tmp_path / "c4.json.gz").write_bytes(b"")
+    with pytest.raises(DassError, match=r"c4\.json\.gz"):
+        c4(tmp_path / "c4.json.gz", "abc")
+    assert asked == ["abc", "def", None]
+
+
+def test_the_shipped_settings_pin_the_hub():
+    for file in ("calibration/c4", "calibration/wikitext2", "evaluation/wikitext2"):
+        settings = yaml.safe_load((Path(__file__).parents[2] / "conf" / f"{file}.yaml").read_text())
+        assert re.fullmatch("[0-9a-f]{40}", settings["revision"])
+        part = file.split("/")[0]
+        assert find_source(settings["name"], part).identity(None, settings["revision"]) == {
+            "revision": settings["revision"]
+        }
