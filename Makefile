@@ -43,14 +43,15 @@ diagnostics: ## errors, overlap of masks and spread of norms, block by block
 $(EXPERIMENTS): $(READY)
 	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
 	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
-	$(BIN)/python -m experiments.report tables=$$experiment at_scale=$(SCALE) log_to=wandb || status=$$?; \
+	$(BIN)/python -m experiments.report experiment=$$experiment scale=$(SCALE) log_to=wandb || status=$$?; \
 	exit $$status
 
 experiments: $(READY) ## all of them
 	$(MAKE) --no-print-directory --keep-going $(EXPERIMENTS)
 
-tables: $(READY) ## rebuild all tables and figures of results/ from its records, without a model
-	$(BIN)/python -m experiments.report tables=all at_scale=$(SCALE)
+tables: $(READY) ## rebuild all tables and figures of results/ and docs/reproduction.md from the records, without a model
+	$(BIN)/python -m experiments.report experiment=all scale=$(SCALE)
+	$(BIN)/python -m experiments.report page=docs/reproduction.template.md
 
 train-tiny: $(READY) ## train the small models that table-glu-variants compares, where they are not there
 	$(BIN)/python -m experiments.train_tiny

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dass.pruning.blocks import find_blocks
-from dass.pruning.walk import enter_first_block
+from dass.pruning.calls import enter_first_block
+from dass.pruning.layout import find_blocks
 
 
 @torch.no_grad()

@@ -25,12 +25,13 @@ from dass.data.assets import packaged_model
 from dass.data.calibration import calibration_tokens
 from dass.errors import DassError
 from dass.models import batch_size_for, load_model, load_tokenizer, parameter_bytes
-from dass.pruning.blocks import find_blocks
+from dass.pruning.calls import enter_first_block
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Axis, select_mask
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.statistics import damped_inverse
 from dass.pruning.update import obs_sweep
-from dass.pruning.walk import enter_first_block, prune_model
+from dass.pruning.walk import prune_model
 from dass.records import git_state, machine_description, package_versions, write_atomically
 from dass.stages import peak_resident_memory
 

@@ -3,46 +3,32 @@
 Everything that a notebook needs can be imported from here.
 """
 
-from dass.data.assets import packaged_model
-from dass.data.calibration import calibration_tokens
-from dass.errors import DassError
-from dass.evaluation.perplexity import evaluation_windows, perplexity, window_losses
-from dass.models import load_model, load_tokenizer
-from dass.pruning.blocks import find_blocks
-from dass.pruning.comparison import compare_block, comparison_needs, diagnostics, norm_spread
-from dass.pruning.criteria import criterion
-from dass.pruning.masks import NM, Mask, Unstructured, select_mask
-from dass.pruning.method import BlockPruner, Method
-from dass.pruning.statistics import Statistics
-from dass.pruning.update import update
-from dass.pruning.walk import prune_model, walk
-from dass.sparsity import apply_masks, read_masks
+import importlib
+from typing import Any
 
-__all__ = [
-    "NM",
-    "BlockPruner",
-    "DassError",
-    "Mask",
-    "Method",
-    "Statistics",
-    "Unstructured",
-    "apply_masks",
-    "calibration_tokens",
-    "compare_block",
-    "comparison_needs",
-    "criterion",
-    "diagnostics",
-    "evaluation_windows",
-    "find_blocks",
-    "load_model",
-    "load_tokenizer",
-    "norm_spread",
-    "packaged_model",
-    "perplexity",
-    "prune_model",
-    "read_masks",
-    "select_mask",
-    "update",
-    "walk",
-    "window_losses",
-]
+HOMES = {
+    "dass.data.assets": ("packaged_model",),
+    "dass.data.calibration": ("calibration_tokens",),
+    "dass.errors": ("DassError",),
+    "dass.evaluation.perplexity": ("evaluation_windows", "perplexity", "window_losses"),
+    "dass.models": ("load_model", "load_tokenizer"),
+    "dass.pruning.comparison": ("compare_block", "comparison_needs", "diagnostics", "jaccard", "norm_spread"),
+    "dass.pruning.criteria": ("criterion",),
+    "dass.pruning.layout": ("find_blocks",),
+    "dass.pruning.masks": ("NM", "Mask", "Unstructured", "select_mask"),
+    "dass.pruning.method": ("BlockPruner", "Method"),
+    "dass.pruning.statistics": ("Statistics",),
+    "dass.pruning.update": ("Rows", "update"),
+    "dass.pruning.walk": ("prune_model", "walk"),
+    "dass.sparsity": ("apply_masks", "read_masks"),
+}
+"""Each is imported when it is asked for: a report needs no transformers."""
+__all__ = sorted(name for names in HOMES.values() for name in names)
+
+
+def __getattr__(name: str) -> Any:
+    """One of the names above."""
+    for module, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'dass' has no attribute '{name}'")

@@ -1,5 +1,8 @@
 """The one family of errors that a user can cause and mend, and the check that all numbers go through."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -15,9 +18,21 @@ class DassError(Exception):
         self.field = field
 
 
+@contextlib.contextmanager
+def told(what: str, advice: str, *kinds: type[Exception], field: str | None = None) -> Iterator[None]:
+    """Tell another library's errors of these kinds in a sentence of ours: what failed, why, what to do."""
+    try:
+        yield
+    except DassError:
+        raise
+    except kinds as error:
+        raise DassError(f"{what} ({first_line(error)}): {advice}.", field) from error
+
+
 def first_line(error: BaseException) -> str:
     """The gist of another library's error, to be quoted inside a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    gist = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return gist.splitlines()[0].rstrip(".:")
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:

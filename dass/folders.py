@@ -42,12 +42,11 @@ def write_seal(folder: Path, fingerprint: str, files: dict[str, str]) -> None:
 
 def require_own_folder(folder: Path) -> None:
     """Raise DassError if a folder is there and is not one of ours as we wrote it; an empty one will do."""
-    if not folder.exists() and not folder.is_symlink():
+    linked = folder.is_symlink()
+    if not linked and (not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))):
         return
-    held = read_seal(folder)
-    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-        return
-    if folder.is_symlink() or held is None or not _fits(folder, held[1]):
+    held = None if linked else read_seal(folder)
+    if held is None or not _fits(folder, held[1]):
         why = "is not one that this project wrote, or was changed since"
     elif foreign := [name for name in _contents(folder) if name not in held[1]]:
         why = f"also holds {foreign[0]}"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dass.errors import DassError
+from dass.errors import DassError, told
 from dass.records import write_atomically
 
 FOLDER = "manifests"  # inside that of the records
@@ -15,29 +15,21 @@ FOLDER = "manifests"  # inside that of the records
 class PlannedRun:
     """One run of a sweep."""
 
-    fingerprint: str | None
-    """Of its record; None where it is not known, as of a model that cannot be read here."""
-    config: dict[str, Any]
-    """The composed config."""
-    calibrates: bool
-    """Whether its method reads calibration tokens."""
-    why: str | None
-    """The reason why there is no record, in a sentence; None: none is known."""
+    fingerprint: str | None  # of its record; None where it is not known, as of a model that cannot be read here
+    config: dict[str, Any]  # the composed one
+    calibrates: bool  # whether its method reads calibration tokens
+    why: str | None  # the reason why there is no record, in a sentence; None: none is known
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The runs of a sweep, in order, and how they are reported."""
 
-    name: str
-    """Of the file, without its suffix."""
+    name: str  # of the file, without its suffix
     experiment: str | None
-    scale: str | None
-    """Of the experiment: small or paper."""
-    report: str
-    """A kind of report."""
-    command: list[str]
-    """The overrides that the sweep was launched with."""
+    scale: str | None  # of the experiment: small or paper
+    report: str  # a kind of report
+    command: list[str]  # the overrides that the sweep was launched with
     runs: list[PlannedRun]
 
 
@@ -50,14 +42,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
 
 def read_manifest(path: Path) -> Manifest:
     """Read one manifest; a missing, corrupt or foreign file raises DassError that names it."""
-    try:
+    kinds = (OSError, ValueError, TypeError, KeyError, AttributeError)
+    with told(f"{path} is not a readable manifest", "launch its sweep again", *kinds):
         tree = json.loads(path.read_text(encoding="utf-8"))
         manifest = Manifest(**tree | {"runs": [PlannedRun(**run) for run in tree["runs"]]})
         keys = [manifest.report, *manifest.command, *(key for run in manifest.runs for key in run.config)]
         if not all(isinstance(key, str) for key in keys):
             raise ValueError("names are not words")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DassError(f"{path} is not a readable manifest ({error}): launch its sweep again.") from error
     if manifest.name != path.stem:
         raise DassError(f"{path} is the manifest of {manifest.name}: give it back its name.")
     return manifest

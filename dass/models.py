@@ -1,6 +1,8 @@
 """Load a causal language model from the hub or a folder, and refuse what cannot be pruned."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +12,39 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from dass.data.tokens import Tokenizer
-from dass.errors import DassError, first_line, require_finite
+from dass.errors import DassError, first_line, require_finite, told
 from dass.folders import SEAL
 from dass.records import file_sha256, identity_of
 
 transformers_logging.disable_progress_bar()  # loading is a matter of seconds; the long stages have bars of ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+NEEDED = "check path or id, files and network; it must be a causal language model with safetensors weights"
 CONTENT_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of weights, configuration and tokenizer
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU; any other word is torch's own.
-
-    Raises:
-        DassError: an unknown device, or a GPU that this machine lacks.
-    """
+    """`auto` is the GPU if there is one, else the CPU; any other word is torch's own, of a device that is there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise DassError(
-            f"device={device} cannot be used here: choose auto, cpu or a GPU that torch sees.", "device"
-        ) from error
-    return resolved
+    kinds = (RuntimeError, AssertionError, ValueError)
+    with told(f"device={device} cannot be used here", "choose auto, cpu or a GPU", *kinds, field="device"):
+        return torch.empty(0, device=device).device
 
 
 def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:
-    """The name of a dtype in `DTYPES`; `auto` is the model's own.
-
-    Raises:
-        DassError: an unknown dtype, or a model whose config cannot be read.
-    """
+    """The name of a dtype in `DTYPES`, or DassError; `auto` is the model's own, and only then it is looked at."""
     if dtype == "auto":
         dtype = str(load_config(source, revision).dtype or torch.float32).removeprefix("torch.")
-    require_dtype(dtype)
-    return dtype
-
-
-def require_dtype(dtype: str) -> None:
-    """Raise DassError unless it is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise DassError(f"dtype={dtype} is unknown: choose auto or one of {', '.join(DTYPES)}.", "model.dtype")
+    return dtype
 
 
 def load_config(source: str, revision: str | None) -> Any:
     """The transformers config of a hub id or folder; DassError where it cannot be read."""
-    try:
+    with _loading(source):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # a foreign file can make transformers raise anything
-        raise DassError(_why_not_loaded(source, error)) from error
 
 
 def require_supported(config: Any) -> None:
@@ -95,7 +78,7 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
         require_weights(Path(source))
     config = load_config(source, revision)
     require_supported(config)
-    try:
+    with _loading(source):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -106,10 +89,6 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise DassError(_why_not_loaded(source, error)) from error
     if missing := sorted(loading["missing_keys"]):
         raise DassError(f"The weights of {source} lack {missing[0]} (and {len(missing) - 1} more): save it again.")
     for name, parameter in model.named_parameters():
@@ -125,24 +104,15 @@ def require_weights(folder: Path) -> None:
 
 def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
     """The tokenizer of a hub id or folder; DassError where there is none."""
-    try:
+    advice = "save one beside the model, or calibrate on tokens and evaluate nothing"
+    with _loading(source, f"{source} has no usable tokenizer", advice):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:
-        if _is_gated(error):
-            raise DassError(_why_not_loaded(source, error)) from error
-        raise DassError(
-            f"{source} has no usable tokenizer ({first_line(error)}): save one beside the model, "
-            f"or calibrate on tokens and evaluate nothing."
-        ) from error
 
 
 def model_contents(folder: Path) -> str:
     """16 hex digits over the names and contents of a model folder's weights, configuration and tokenizer.
 
-    Shards that an index names count wherever they lie; cards, licences and our own seal do not.
-
-    Raises:
-        DassError: there is no such folder, it holds no weights, or it lacks a shard.
+    Shards that an index names count wherever they lie; cards, licences and our own seal do not. DassError if one lacks.
     """
     if not folder.is_dir():
         raise DassError(f"There is no model folder {folder}: give a folder written by `save_pretrained`.", "model.path")
@@ -151,10 +121,10 @@ def model_contents(folder: Path) -> str:
     names = {p.name for p in folder.iterdir() if p.suffix in CONTENT_SUFFIXES and not p.name.startswith(ours)}
     for index in folder.glob("*.safetensors.index.json"):
         names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    try:
-        return identity_of({name: file_sha256(folder / name) for name in names})
-    except OSError as error:
-        raise DassError(f"{folder} lacks {error.filename}, which its index names: fetch it again.") from error
+    for name in names:
+        if not (folder / name).exists():
+            raise DassError(f"{folder} lacks {name}, which its index names: fetch it again.")
+    return identity_of({name: file_sha256(folder / name) for name in names})
 
 
 def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
@@ -179,16 +149,15 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _why_not_loaded(source: str, error: BaseException) -> str:
-    """One sentence on why a model could not be loaded."""
-    if _is_gated(error):
-        return f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`."
-    return (
-        f"Cannot load {source} ({first_line(error)}): check the path or id, the files in it, and the network; "
-        f"it must be a causal language model with safetensors weights."
-    )
-
-
-def _is_gated(error: BaseException) -> bool:
-    """Whether the hub refused because a licence has to be accepted first."""
-    return any(word in str(error).lower() for word in ("gated", "restricted"))
+@contextlib.contextmanager
+def _loading(source: str, what: str | None = None, advice: str = NEEDED) -> Iterator[None]:
+    """Tell in a sentence why a model or its tokenizer cannot be loaded."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a foreign file can make transformers raise anything
+        if any(word in str(error).lower() for word in ("gated", "restricted")):  # its licence has to be accepted first
+            reason = f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`."
+            raise DassError(reason) from error
+        raise DassError(f"{what or f'Cannot load {source}'} ({first_line(error)}): {advice}.") from error

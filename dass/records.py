@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from dass.errors import DassError
+from dass.errors import DassError, told
 
-RECORD_KEYS: tuple[str, ...] = ("id", "identity", "determinants", "command", "config", "git", "versions", "machine", "stages")
-RECORD_KEYS += ("sparsity", "metrics", "windows", "files", "failed")
+RECORD_KEYS: tuple[str, ...] = ("id", "identity", "determinants", "command", "config", "git", "versions", "machine")
+RECORD_KEYS += ("stages", "sparsity", "metrics", "windows", "files", "failed")
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "hydra-core", "omegaconf", "gguf", "lm-eval")
 
 
@@ -37,7 +37,7 @@ def file_sha256(path: Path) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file (text in UTF-8) so that a reader, or a kill at any moment, sees all of it or nothing."""
-    try:
+    with told(f"Cannot write {path}", "free space or choose another folder", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -50,8 +50,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-    except OSError as error:
-        raise DassError(f"Cannot write {path} ({error.strerror}): free space or choose another folder.") from error
 
 
 def require_writable(folder: Path) -> None:
@@ -75,10 +73,8 @@ def write_record(results_dir: Path, record: dict[str, Any]) -> Path:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read one record; a corrupt or foreign file raises DassError that names it."""
-    try:
+    with told(f"{path} is not a readable record", "delete it and run again", OSError, ValueError):
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DassError(f"{path} is not a readable record ({error}): delete it and run again.") from error
     if not isinstance(record, dict) or not set(RECORD_KEYS) <= set(record) or record["id"] != path.stem:
         raise DassError(f"{path} is JSON but not a record of this project: move it out of the records' folder.")
     return record
@@ -96,9 +92,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         except DassError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not records:
-        raise DassError(
-            f"No records in {folder}: make some with `python -m experiments.prune`, or name another folder."
-        )
+        raise DassError(f"No records in {folder}: run `python -m experiments.prune`, or name another folder.")
     return records
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dass.data.tokens import Tokenizer
-from dass.errors import DassError, first_line, require_finite
+from dass.errors import DassError, first_line, require_finite, told
 from dass.folders import SEAL, read_seal, whole_folder, write_seal
 from dass.models import DTYPES
 from dass.records import file_sha256, write_atomically
@@ -34,30 +33,28 @@ FOREIGN_KEYS = ("sparsity_config", "auto_map")
 """Of config.json: another tool's, which transformers and vLLM refuse, and code that is not copied."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the model card of a pruned model tells."""
+def model_card(
+    name: str,
+    base_model: str,
+    licence: str | None,
+    command: str,
+    facts: dict[str, str],
+    metrics: list[dict[str, Any]] | None = None,
+) -> str:
+    """The README.md of a pruned model, with the hub's metadata.
 
-    name: str
-    base_model: str
-    """Hub id, or name."""
-    licence: str | None
-    command: str
-    facts: dict[str, str]
-    """Method with its parameters, pattern, axis of each role, order, shares of zeros, fingerprint: a line each."""
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    """As a record holds them."""
-
-
-def model_card(card: Card) -> str:
-    """The README.md of a pruned model, with the hub's metadata."""
-    licence = (card.licence or "").lower()
-    known = re.fullmatch(r"[a-z0-9.+-]*", licence) is not None
+    Args:
+        base_model: hub id, or name.
+        facts: method with its parameters, pattern, axis of each role, shares of zeros, fingerprint: a line each.
+        metrics: as a record holds them; None: not evaluated.
+    """
+    metrics = metrics or []
+    known = re.fullmatch(r"[a-z0-9.+-]*", (licence or "").lower()) is not None
     data = ModelCardData(
-        model_name=card.name,
-        base_model=card.base_model,
-        license=(licence or None) if known else "other",
-        license_name=None if known else card.licence,
+        model_name=name,
+        base_model=base_model,
+        license=(licence or "").lower() or None if known else "other",
+        license_name=None if known else licence,
         tags=["pruning", "sparse", "dass"],
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -70,24 +67,24 @@ def model_card(card: Card) -> str:
                 metric_value=metric["value"],
                 metric_args={key: metric[key] for key in ("stderr", "n", "seq_len")},
             )
-            for metric in card.metrics
+            for metric in metrics
         ],
     )
-    facts = "\n".join(f"- {name}: {value}" for name, value in card.facts.items())
-    results = "\n".join(f"- {m['dataset']}, {m['metric']}: {m['value']:.4f} (n = {m['n']})" for m in card.metrics)
+    lines = "\n".join(f"- {fact}: {value}" for fact, value in facts.items())
+    results = "\n".join(f"- {m['dataset']}, {m['metric']}: {m['value']:.4f} (n = {m['n']})" for m in metrics)
     return f"""---
 {data.to_yaml()}
 ---
 
-# {card.name}
+# {name}
 
-{card.base_model}, pruned. Beside the weights all is as it was there; its own card, if it had one, is {SOURCE_CARD}.
+{base_model}, pruned. Beside the weights all is as it was there; its own card, if it had one, is {SOURCE_CARD}.
 
-{facts}
+{lines}
 
 Made by [the DaSS reproduction](https://arxiv.org/abs/2405.01943) with
 
-    {card.command}
+    {command}
 
 {results or "Not evaluated."}
 """
@@ -149,22 +146,20 @@ def save_model(
         DassError: the folder holds something else, or cannot be written.
     """
     round_to(model, dtype)
-    try:
-        with whole_folder(folder, fingerprint) as new:
-            with _as_stored(model, dtype):
-                model.save_pretrained(new, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(new)
-            _copy_beside(source, revision, new)
-            config = json.loads((new / "config.json").read_text(encoding="utf-8"))
-            kept = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
-            (new / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-            (new / CARD).write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise DassError(
-            f"Cannot write the model to {folder} ({why}): free space or choose another.", "save_model"
-        ) from error
+    kinds = (OSError, SafetensorError)
+    with (
+        told(f"Cannot write the model to {folder}", "free space or choose another", *kinds, field="save_model"),
+        whole_folder(folder, fingerprint) as new,
+    ):
+        with _as_stored(model, dtype):
+            model.save_pretrained(new, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        _copy_beside(source, revision, new)
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
+        (new / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        (new / CARD).write_text(card, encoding="utf-8")
     _, files = read_seal(folder) or ("", {})
     return {name: sha256 for name, sha256 in files.items() if name.endswith(".safetensors")}
 

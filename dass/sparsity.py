@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dass.errors import DassError
-from dass.pruning.blocks import Block, Projection, find_blocks, mlp_matrices
+from dass.pruning.blocks import Block, Projection, mlp_matrices
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Mask, Unstructured, verify_mask
 from dass.records import write_atomically
 

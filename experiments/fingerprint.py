@@ -137,15 +137,16 @@ def code_of(function: Callable[..., Any]) -> str:
 def _method(config: PruneConfig, name: str, pruner: BlockPruner) -> dict[str, Any]:
     """What determines the pruned weights, besides the model and the calibration."""
     method = pruner.method
-    entries = {method.criterion_for(role).function.__name__: method.criterion_for(role) for role in pruner.roles}
-    entries[method.criterion], update = CRITERIA.find(method.criterion), UPDATES.find(method.update)
-    defaults = CRITERIA.find(method.criterion).parameters() | update.parameters()
+    criterion, update = CRITERIA.find(method.criterion), UPDATES.find(method.update)
+    used = [criterion, *map(method.criterion_for, pruner.roles)]
+    code = {entry.function.__name__: code_of(entry.function) for entry in used}
+    defaults = criterion.parameters() | update.parameters()
     return {
         "name": name,
         "criterion": method.criterion,
         "axis": {role: method.axis.get(role, "wanda") for role in pruner.roles if role != "qkv" or role in method.axis},
         "update": method.update,
-        "code": {key: code_of(entry.function) for key, entry in (*entries.items(), (f"{method.update} (update)", update))},
+        "code": code | {f"{method.update} (update)": code_of(update.function)},
         "parameters": {key: value for key, value in method.all_parameters().items() if value != defaults[key]},
         "pattern": vars(method.pattern),
         "targets": pruner.targets,

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from dass.errors import DassError
 from dass.models import load_config, require_supported
+from dass.names import unknown
 from dass.planning.architecture import Architecture, config_from, read_architecture
 from dass.planning.costs import Workload, plan_evaluation, plan_load, plan_pruning, share_removed, targeted_weights
 from dass.planning.devices import DEVICES, Device, Stage
@@ -84,7 +85,7 @@ def main(config: DictConfig) -> None:
     for rows_of, headers in (parameter_rows(model), removal_rows(model, pruners["wanda"]), (rows, STAGE_HEADERS)):
         aligned = ["left" if header in ("Method", "Stage") or not i else "right" for i, header in enumerate(headers)]
         print(tabulate(rows_of, headers, "pipe", disable_numparse=True, colalign=aligned), "\n")
-    print("\n".join(f"- {note}" for note in notes(typed, model, device, work, windows)))
+    print("\n".join(f"- {note}" for note in notes(model, device, work, typed.evaluation, windows)))
 
 
 def transformers_config(model: ModelConfig) -> Any:
@@ -99,10 +100,7 @@ def transformers_config(model: ModelConfig) -> Any:
 def find_device(config: PlanConfig) -> Device:
     """The device that a config names, with the estimates that it gives; DassError lists those that there are."""
     if config.device not in DEVICES:
-        raise DassError(
-            f"device={config.device} is unknown: choose one of {', '.join(DEVICES)}, or add it to "
-            f"dass/planning/devices.py."
-        )
+        raise unknown("The device", config.device, DEVICES, "device")
     given = {name: getattr(config, name) for name in ("efficiency", "launch_us", "disk_gb_s")}
     return replace(DEVICES[config.device], **{name: value for name, value in given.items() if value is not None})
 
@@ -137,27 +135,24 @@ def removal_rows(model: Architecture, pruner: BlockPruner) -> tuple[list[list[st
 
 
 def notes(
-    config: PlanConfig, model: Architecture, device: Device, work: Workload, windows: tuple[int, int] | None
+    model: Architecture, device: Device, work: Workload, evaluation: EvaluationConfig, windows: tuple[int, int] | None
 ) -> list[str]:
     """What the numbers rest on."""
+    reached = device.efficiency
     found = [
-        f"Times are estimates, none is measured: each is the largest of operations / ({device.efficiency:g} x peak), "
-        f"traffic / ({device.efficiency:g} x {device.bandwidth_gb_s:g} GB/s), small operations in a chain x "
-        f"{device.launch_us:g} µs, weights from disk at {device.disk_gb_s:g} GB/s. Peaks: {device.tflops_16bit:g} "
-        f"TFLOP/s in 16 bits, {device.tflops_fp32:g} in fp32, in which statistics and solver are. Tokenising is left "
-        "out.",
-        f"Memory is that of {config.batch_size} sequence(s) per forward, without the allocator's waste; GB are 10^9 "
+        f"Times are estimates, none is measured: each is the largest of operations / ({reached:g} x peak), traffic / "
+        f"({reached:g} x {device.bandwidth_gb_s:g} GB/s), small operations in a chain x {device.launch_us:g} µs, "
+        f"weights from disk at {device.disk_gb_s:g} GB/s. Peaks: {device.tflops_16bit:g} TFLOP/s in 16 bits, "
+        f"{device.tflops_fp32:g} in fp32, in which statistics and solver are. Tokenising is left out.",
+        f"Memory is that of {work.batch_size} sequence(s) per forward, without the allocator's waste; GB are 10^9 "
         "bytes.",
         "The walk holds the whole model on one device; more devices and offloading are not implemented.",
         f"Calibration: {work.n_sequences} x {work.seq_len} tokens.",
     ]
     if windows is not None:
-        note = f"Evaluation: {windows[0]} windows of {windows[1]} tokens"
-        if config.evaluation.n_windows is None:
-            note += (
-                f", if the tokenizer makes {WIKITEXT2_TOKENS:,} tokens of WikiText-2's test split, as LLaMA-2's does"
-            )
-        found.append(note + ".")
+        guess = f", if the tokenizer makes {WIKITEXT2_TOKENS:,} tokens of WikiText-2's test split, as LLaMA-2's does"
+        known = evaluation.n_windows is not None
+        found.append(f"Evaluation: {windows[0]} windows of {windows[1]} tokens{'' if known else guess}.")
     if model.active_experts is not None:
         found.append(
             f"Experts are counted as if routers were even, {model.active_experts} per token; that experts which see "

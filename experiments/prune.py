@@ -5,7 +5,6 @@ python -m experiments.prune -m method=dense,magnitude,wanda,sparsegpt,dass spars
 python -m experiments.prune -m experiment=table1_perplexity scale=small
 """
 
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -15,24 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from dass.folders import is_saved, require_own_folder
 from dass.data.calibration import calibration_tokens
 from dass.data.tokens import require_in_vocabulary
 from dass.errors import DassError, first_line
 from dass.evaluation import door
+from dass.folders import require_own_folder
 from dass.models import batch_size_for, load_model, load_tokenizer, resolve_dtype
 from dass.progress import progress, say
-from dass.pruning.blocks import find_blocks
 from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs, diagnostics
+from dass.pruning.layout import find_blocks
 from dass.pruning.method import Pruned
 from dass.pruning.walk import Step, walk
 from dass.records import (
-    file_sha256,
     git_state,
     machine_description,
     package_versions,
@@ -41,15 +37,15 @@ from dass.records import (
     require_writable,
     write_record,
 )
-from dass.saving import Card, model_card, round_to, save_model, source_licence, write_card
-from dass.sparsity import MASKS_FILE, PackedMasks, sparsity_report
+from dass.saving import round_to
+from dass.sparsity import PackedMasks, sparsity_report
 from dass.stages import Stages, release_freed_memory
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import source_of
+from experiments.outputs import command_of, destination, is_written, save, write_metrics
 from experiments.resolve import Checked, Plan, check, loads, resolve
 from report.runs import runs_of
-
 
 Log = Callable[[dict[str, float]], None]
 """Told of each finished block."""
@@ -100,33 +96,13 @@ def label_of(checked: Checked) -> str:
     return " ".join([checked.config.model.name, checked.config.method["name"], *patterns])
 
 
-def destination(folder: str, run_id: str) -> Path:
-    """Where a run writes its model or masks: into the folder itself, or in a sweep into one of its own inside it."""
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    return Path(folder).expanduser() / run_id if sweeping else Path(folder).expanduser()
-
-
-def command_of() -> str:
-    """The command that makes this run alone."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return shlex.join(["python", "-m", "experiments.prune", *overrides])
-
-
 def is_done(plan: Plan) -> bool:
     """Whether the record is there and sound, and the model and masks that are asked for are there and whole."""
     try:
         record = read_record(record_path(Path(plan.config.results_dir), plan.run_id))
     except DassError:
         return False
-    if record["failed"] or not runs_of([record]):
-        return False
-    saved, masks = plan.config.save_model, plan.config.masks
-    if saved is not None and not is_saved(destination(saved, plan.run_id), plan.run_id):
-        return False
-    if masks is None:
-        return True
-    path = destination(masks, plan.run_id) / MASKS_FILE
-    return path.is_file() and record["files"].get(MASKS_FILE) == file_sha256(path)
+    return not record["failed"] and bool(runs_of([record])) and is_written(plan, record)
 
 
 def run_and_record(plan: Plan, label: str) -> None:
@@ -236,55 +212,10 @@ def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list
     return []
 
 
-def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[str, Any]) -> None:
-    """Write the masks and the model where they are asked for, and their checksums into the record."""
-    config = plan.config
-    if config.masks is not None:
-        provenance = {key: record[key] for key in ("id", "config", "git", "versions")}
-        path = masks.write(destination(config.masks, plan.run_id), provenance)
-        record["files"][MASKS_FILE] = file_sha256(path)
-    if config.save_model is not None:
-        source, revision = source_of(config.model), config.model.revision
-        folder, dtype = destination(config.save_model, plan.run_id), resolve_dtype(config.model.dtype, source, revision)
-        card = model_card(card_of(plan, source, record))
-        record["files"] |= save_model(model, folder, card, plan.run_id, dtype, source, revision)
-
-
-def score(
-    evaluation: door.Evaluation, model: PreTrainedModel, batch_size: int | None, record: dict[str, Any]
-) -> None:
+def score(evaluation: door.Evaluation, model: PreTrainedModel, batch_size: int | None, record: dict[str, Any]) -> None:
     """Evaluate the model, and put the metrics into the record."""
     scores = door.evaluate(evaluation, model, batch_size)
     record["metrics"], record["windows"] = scores.metrics, scores.windows
-
-
-def write_metrics(plan: Plan, source: str, record: dict[str, Any]) -> None:
-    """Put what was measured since into the model card of the saved model."""
-    write_card(destination(str(plan.config.save_model), plan.run_id), model_card(card_of(plan, source, record)))
-
-
-def card_of(plan: Plan, source: str, record: dict[str, Any]) -> Card:
-    """What the model card says."""
-    config, sparsity = plan.config, record["sparsity"]
-    facts = {"method": str(config.method["name"])}
-    for pruner in plan.pruners.values():
-        method = pruner.method
-        roles = dict.fromkeys(one["role"] for one in sparsity["projections"].values())
-        facts["method"] += "".join(f", {name}={value}" for name, value in method.all_parameters().items())
-        facts["pattern"] = str(method.pattern)
-        facts["axis"] = ", ".join(f"{role}: {method.axis_for(role)}" for role in roles)
-        facts["order of the neurons"] = "released"
-        facts["update"] = method.update
-    facts["zeros"] = ", ".join(f"{sparsity[name]:.4f} of {name}" for name in ("targeted", "mlp", "linear", "total"))
-    facts["fingerprint"] = plan.run_id
-    return Card(
-        name=f"{config.model.name} pruned by {config.method['name']}" if plan.pruners else config.model.name,
-        base_model=config.model.hub_id or config.model.name,
-        licence=source_licence(source, config.model.revision),
-        command=record["command"],
-        facts=facts,
-        metrics=record["metrics"],
-    )
 
 
 def counted(plan: Plan, model: PreTrainedModel, walked: Walked) -> dict[str, Any]:
@@ -323,8 +254,8 @@ def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, 
     bar.close()
     if walked.rare:
         print(
-            f"note: {len(walked.rare)} experts saw too few calibration tokens (the fewest: {min(walked.rare.values())});"
-            f" each was judged by all tokens of its block instead, as the record says",
+            f"note: {len(walked.rare)} experts saw too few calibration tokens, the fewest {min(walked.rare.values())}: "
+            f"each was judged by all tokens of its block instead, as the record says",
             file=sys.stderr,
         )
     return walked

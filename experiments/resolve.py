@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dass.errors import DassError
-from dass.models import require_dtype, resolve_device, resolve_dtype
+from dass.models import resolve_device, resolve_dtype
 from dass.pruning.comparison import check_comparison
 from dass.pruning.method import BlockPruner
 from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, source_of
@@ -93,7 +93,7 @@ def resolve(config: DictConfig) -> Plan:
     dtype = model.dtype
     if dtype == "auto":  # on the CPU known without fetching the model
         dtype = "float32" if device.type == "cpu" else resolve_dtype(dtype, source_of(model), model.revision)
-    require_dtype(dtype)
+    dtype = resolve_dtype(dtype, "", None)
     fingerprint = fingerprint_of(checked.config, checked.pruners, dtype)
     return Plan(**vars(checked), dtype=dtype, device=device, fingerprint=fingerprint)
 
@@ -135,7 +135,7 @@ def _require_one_model(model: ModelConfig) -> None:
         raise DassError(f"model={model.name} must set one of {', '.join(sources)}; it sets {given or 'none'}.")
     words = model.projections
     if words is not None and not (isinstance(words, dict) and all(isinstance(word, str) for word in words.values())):
-        raise DassError("The projections must be {gate: REGEX, up: REGEX, down: REGEX}.", field="model.projections")
+        raise DassError("The projections must be {gate: REGEX, up: REGEX, down: REGEX, dense: REGEX}.", field="model.projections")
 
 
 def _require_separate_folders(config: PruneConfig) -> None:

@@ -14,7 +14,17 @@ from dass.records import identity_of
 from experiments.app import sentence
 from experiments.resolve import check, resolve
 
-ROUTINE: tuple[str, ...] = ("experiment", "scale", "results_dir", "tracking", "device", "batch_size", "save_model", "masks", "rerun")
+ROUTINE: tuple[str, ...] = (
+    "experiment",
+    "scale",
+    "results_dir",
+    "tracking",
+    "device",
+    "batch_size",
+    "save_model",
+    "masks",
+    "rerun",
+)
 ROUTINE += ("debug", "hydra")
 """Settings that change nothing of what a sweep is."""
 KEPT = ("model", "method", "sparsity", "calibration", "evaluation", "targets", "exclude", "seed")

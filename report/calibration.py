@@ -1,9 +1,7 @@
 """Perplexity by calibration set: how many sequences, which draw, from which text."""
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from report.figures import legend, line, panels, variant_styles
 from report.grid import MISSING, Grid, with_error
 from report.perplexity import difference_text
 from report.runs import Run
@@ -43,8 +41,7 @@ def calibration_grid(tables: list[Table]) -> Grid:
                 perplexity = with_error(cell.perplexity, cell.mean("stderr"), ".2f") if cell.found else MISSING
                 row |= {"Perplexity": perplexity}
                 row["sd over seeds"] = MISSING if cell.spread is None else f"{cell.spread:.2f}"
-                reference = table.cell(cell.pattern, table.reference)
-                rows.append(row | {"Δ loss to Wanda": difference_text(cell, reference)})
+                rows.append(row | {"Δ loss to Wanda": difference_text(cell, table.reference(cell.pattern))})
     runs = list({run.id: run for table in tables for run in table.runs}.values())
     facts = {key: tables[0].facts[key] for key in ("model", "evaluation", "pruned")}
     facts["pattern"] = ", ".join(map(str, sorted({pattern for table in tables for pattern in table.patterns})))
@@ -54,33 +51,3 @@ def calibration_grid(tables: list[Table]) -> Grid:
     facts["dense"] = f"{dense[0]:.2f}" if dense else MISSING
     title = f"Perplexity of {facts['model']} by calibration set"
     return Grid(title, pd.DataFrame(rows), facts | facts_of(runs, "machine"), LEGEND)
-
-
-def calibration_figure(tables: list[Table]) -> Figure:
-    """Perplexity over the number of sequences, mean and standard deviation over the seeds; a panel for each model.
-
-    The first text is drawn as lines, the others as open markers.
-    """
-    models = list(dict.fromkeys(table.facts["model"] for table in tables))
-    sources = list(dict.fromkeys(map(source, tables)))
-    figure, axes_list = panels(len(models))
-    styles = {variant: style for variant, style in variant_styles(tables).items() if variant.method != "dense"}
-    for axes, model in zip(axes_list, models, strict=True):
-        for number, (variant, style) in enumerate(styles.items()):
-            for name in sources:
-                own = [table for table in tables if (table.facts["model"], source(table)) == (model, name)]
-                points = [(size(t), c) for t in own for c in t.cells if c.variant == variant and c.found]
-                x = [sequences * 1.03 ** (number - len(styles) / 2) for sequences, _ in points]
-                line(
-                    axes, x, [c.perplexity for _, c in points], [c.spread for _, c in points], style, name != sources[0]
-                )
-        axes.set_xscale("log", base=2)
-        ticks = sorted(set(map(size, tables)))
-        axes.set_xticks(ticks, list(map(str, ticks)))
-        axes.set_title(model)
-        axes.set_ylabel(f"perplexity, {tables[0].dataset}")
-    axes_list[-1].set_xlabel("calibration sequences")
-    others = f", open: {', '.join(sources[1:])}" if len(sources) > 1 else ""
-    note = f"± 1 sd over seeds; full: {sources[0]}{others}"
-    legend(figure, {variant.label: style for variant, style in styles.items()}, note)
-    return figure

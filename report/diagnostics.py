@@ -1,35 +1,26 @@
-"""What methods do to each block, over depth: heat maps of errors and overlaps, the spread of the norms, and tables.
+"""What methods do to each block, over depth: errors, overlaps and the spread of the norms.
 
 Everything here is made of what `Comparison.as_dict` leaves in the records, one for each model.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from dass.pruning.blocks import MLP_ROLES, ROLES
+from report.figures import style_of
 from report.grid import MISSING, Grid
 
 Measured = dict[str, dict[str, Any]]
 """What `Comparison.as_dict` returned, by the model's name."""
-ByRole = dict[str, list[float | None]]
-"""By role, one number for each block."""
-ByName = dict[str, ByRole]
-"""By method or pair of methods."""
 
 PAGE_WIDTH = 6.9  # inches, both columns of a two-column paper
-ROW_HEIGHT = 0.13  # inches, of one method in a heat map
-LOG_ABOVE = 10.0  # ratio of the largest to the smallest value
-LOG_SPAN = 100.0  # what colours tell apart: one huge activation makes the error of its block tiny, and all others alike
-SMALL = 6  # points
+ROW_HEIGHT = 1.4  # inches
+LOG_ABOVE = 10.0  # ratio of the largest to the smallest error
+SMALL = 7  # points
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": SMALL, "frameon": False}
 DASHES = ("-", "--", ":", "-.")  # models, in turn
-MAPS = {"errors": "viridis", "jaccard": "cividis"}  # even to colour-blind readers and in grey
 LABELS = {"errors": "relative\noutput error", "jaccard": "Jaccard\noverlap"}
 NORMS = {
     "cv": "n: std / mean",
@@ -55,7 +46,7 @@ def diagnostics_frame(measured: Measured) -> pd.DataFrame:
     """All numbers, one tidy row each: model, measure, methods, role, block, value (missing ones as NaN)."""
     rows = [
         (model, kind, name, role, block, value)
-        for kind in MAPS
+        for kind in LABELS
         for model, one in measured.items()
         for name, by_role in one[kind].items()
         for role, values in by_role.items()
@@ -95,69 +86,31 @@ def diagnostics_grids(measured: Measured, facts: dict[str, str]) -> list[Grid]:
 
 
 def diagnostics_figure(measured: Measured) -> Figure:
-    """Heat maps of the MLP's projections, two rows for each model, and below them the norms of all models.
-
-    Colours mean the same number in all maps of a kind; what lies below a logarithmic scale has its lowest colour, as
-    the arrow says. Grey: not measured.
-    """
-    counts = [len(one[kind]) for one in measured.values() for kind in MAPS]
-    heights = [0.35 + ROW_HEIGHT * count for count in counts] + [1.35]
-    figure = Figure(figsize=(PAGE_WIDTH, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(heights), len(MLP_ROLES), gridspec_kw={"height_ratios": heights})
-    scales = {kind: _scale(measured, kind) for kind in MAPS}
-    for i, (model, kind) in enumerate((model, kind) for model in measured for kind in MAPS):
-        _heat_maps(list(axes[i]), measured[model][kind], kind, scales[kind])
-        if kind == "errors":
-            for panel, title in zip(axes[i], ("gate", f"{model}\nup", "down"), strict=True):
-                panel.set_title(title)
-        extend = "min" if isinstance(scales[kind], LogNorm) else "neither"
-        bar = figure.colorbar(ScalarMappable(scales[kind], MAPS[kind]), ax=axes[i], aspect=9, pad=0.01, extend=extend)
-        bar.set_label(LABELS[kind])
-        bar.ax.tick_params(labelsize=SMALL)
-    for panel, (name, label) in zip(axes[-1], NORMS.items(), strict=True):
-        for i, (model, one) in enumerate(measured.items()):
-            grey = str(0.5 * i / len(measured))
-            values = np.array(one["norms"][name], dtype=float)
-            panel.plot(values, DASHES[i % len(DASHES)], color=grey, linewidth=1, label=model)
-        panel.set_title(label)
-        panel.set_xlabel("block")
-        panel.margins(x=0.02)
-        panel.tick_params(labelsize=SMALL)
-        if isinstance(_norm(found for one in measured.values() for found in one["norms"][name]), LogNorm):
-            panel.set_yscale("log")
-        else:
-            panel.set_ylim(bottom=0)
-    if len(measured) > 1:
-        figure.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def _heat_maps(panels: list[Axes], by_name: ByName, kind: str, scale: Normalize) -> None:
-    """One map for each role: a row for each method or pair, a column for each block."""
-    depth = max((len(values) for by_role in by_name.values() for values in by_role.values()), default=0)
-    for panel, role in zip(panels, MLP_ROLES, strict=True):
-        values = np.array([by_role.get(role, [None] * depth) for by_role in by_name.values()], dtype=float)
-        panel.pcolormesh(np.ma.masked_invalid(values), norm=scale, cmap=MAPS[kind], edgecolor="face", linewidth=0.1)
-        panel.set_facecolor("0.8")
-        panel.invert_yaxis()
-        names = [name.replace("|", ", ") for name in by_name] if panel is panels[0] else []
-        panel.set_yticks(np.arange(len(by_name)) + 0.5, names or [""] * len(by_name), fontsize=SMALL)
-        ticks = np.arange(0, depth, 5 if depth > 10 else 1)
-        panel.set_xticks(ticks + 0.5, [str(tick) for tick in ticks], fontsize=SMALL)
-        panel.tick_params(length=1.5)
-
-
-def _scale(measured: Measured, kind: str) -> Normalize:
-    """One scale for the MLPs of all models."""
+    """Errors and overlaps over depth, a row of panels each for every model, and below them the norms of all models."""
     frame = diagnostics_frame(measured)
-    return _norm(frame[(frame.measure == kind) & frame.role.isin(MLP_ROLES)].value)
-
-
-def _norm(values: Iterable[float | None]) -> Normalize:
-    """From the lowest to the highest number; where they are more than a decade apart logarithmic, at most two long."""
-    found = [value for value in values if not pd.isna(value)]
-    low, high = min(found, default=0.0), max(found, default=1.0)
-    return LogNorm(max(low, high / LOG_SPAN), high) if high > LOG_ABOVE * low > 0 else Normalize(low, high)
+    rows = [(model, kind) for model in measured for kind in LABELS]
+    figure = Figure(figsize=(PAGE_WIDTH, ROW_HEIGHT * (len(rows) + 1)), layout="constrained")
+    axes = figure.subplots(len(rows) + 1, len(MLP_ROLES), squeeze=False)
+    for panels, (model, kind) in zip(axes, rows, strict=False):
+        own = frame[(frame.model == model) & (frame.measure == kind)]
+        for panel, role in zip(panels, MLP_ROLES, strict=True):
+            for i, (name, values) in enumerate(own[own.role == role].groupby("methods", sort=False)):
+                color = style_of(str(name)).color if kind == "errors" else f"C{i}"
+                panel.plot(values.block, values.value, color=color, linewidth=0.9, label=str(name).replace("|", ", "))
+            panel.set_title(f"{model}, {role}", fontsize=SMALL)
+        if kind == "errors" and own.value.max() > LOG_ABOVE * own.value.min() > 0:
+            for panel in panels:
+                panel.set_yscale("log")
+        panels[0].set_ylabel(LABELS[kind])
+        panels[-1].legend(**BESIDE)
+    for panel, (name, label) in zip(axes[-1], NORMS.items(), strict=True):
+        for i, (model, values) in enumerate(frame[frame.measure == name].groupby("model", sort=False)):
+            panel.plot(values.block, values.value, DASHES[i % len(DASHES)], color="0.2", linewidth=1, label=model)
+        panel.set_title(label, fontsize=SMALL)
+        panel.set_xlabel("block")
+        panel.set_ylim(bottom=0)
+    axes[-1, -1].legend(**BESIDE)
+    return figure
 
 
 def _shown(means: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A table of text, and how it is written as Markdown, LaTeX and CSV."""
+"""A table of text, and how it is written as Markdown and LaTeX."""
 
 from dataclasses import dataclass, field
 
@@ -71,11 +71,6 @@ def to_latex(grids: list[Grid]) -> str:
         )
         parts.append(latex.replace(r"\centering", r"\centering\small\setlength{\tabcolsep}{4pt}", 1))
     return "\n".join(parts)
-
-
-def to_csv(frame: pd.DataFrame) -> str:
-    """A table of numbers in full precision."""
-    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def with_error(value: float, stderr: float | None, form: str) -> str:

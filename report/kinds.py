@@ -11,16 +11,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dass.names import unknown
-from report.calibration import calibration_figure, calibration_grid, size, source
-from report.curves import alpha_figure, curve_figure, difference_figure, perplexity_figure
+from report.calibration import calibration_grid, size, source
+from report.curves import alpha_figure, calibration_figure, curve_figure, difference_figure, perplexity_figure
 from report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
 from report.grid import Grid
 from report.perplexity import Counterpart, perplexity_grid, side_by_side
-from report.published import Published, beside_published
+from report.published import beside_published
 from report.runs import Run, frame_of
-from report.tables import Table, build_tables, facts_of
-from report.times import stage_frame, time_figure, time_grids
-from report.zero_shot import accuracy_frame, zero_shot_figure, zero_shot_grids
+from report.single import entries_of, time_figure, time_grids, zero_shot_figure, zero_shot_grids
+from report.tables import Table, build_tables
+from report.words import calibration_words, facts_of, model_words
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Material:
 
     runs: list[Run]
     """All runs of the experiment, those without a record too."""
-    published: list[Published]
+    published: pd.DataFrame
+    """As `read_published` gives them."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,14 @@ def calibration(material: Material) -> Report:
 @kind
 def zero_shot(material: Material) -> Report:
     """Accuracy by task and method."""
-    frame, runs = accuracy_frame(material.runs), material.runs
+    frame, runs = entries_of(material.runs, "metrics"), material.runs
     return Report(zero_shot_grids(runs), None if frame.empty else lambda: zero_shot_figure(runs), frame)
 
 
 @kind
 def pruning_time(material: Material) -> Report:
     """Seconds and memory by stage."""
-    frame, runs = stage_frame(material.runs), material.runs
+    frame, runs = entries_of(material.runs, "stages"), material.runs
     return Report(time_grids(runs), None if frame.empty else lambda: time_figure(runs), frame)
 
 
@@ -140,11 +141,10 @@ def pruning_time(material: Material) -> Report:
 def diagnostics(material: Material) -> Report:
     """Errors, overlaps and norms, block by block."""
     found = [run for run in material.runs if run.record]
-    measured = {run.model_words: run.record["diagnostics"] for run in found if run.record}
-    facts = {"calibration": found[0].calibration_words, "pattern": str(found[0].pattern)} if found else {}
-    facts |= {name: text for name, text in facts_of(material.runs).items() if name == "missing"}
-    draw = (lambda: diagnostics_figure(measured)) if measured else None
-    return Report(diagnostics_grids(measured, facts), draw, diagnostics_frame(measured))
+    measured = {model_words(run): run.record["diagnostics"] for run in found if run.record}
+    facts = {"calibration": calibration_words(found[0]), "pattern": str(found[0].pattern)} if found else {}
+    grids = diagnostics_grids(measured, facts | facts_of(material.runs))
+    return Report(grids, (lambda: diagnostics_figure(measured)) if measured else None, diagnostics_frame(measured))
 
 
 def _compared(

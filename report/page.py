@@ -14,12 +14,12 @@ import jinja2
 
 from dass.errors import DassError
 from dass.manifests import Manifest
-from report.calibration import calibrated, source
+from report.calibration import size, source
 from report.diagnostics import diagnostics_frame
 from report.grid import with_error
 from report.runs import Run, planned_runs
-from report.tables import Cell, Difference, Table, build_tables, paired_difference
-from report.zero_shot import accuracy_difference
+from report.single import accuracy_difference
+from report.tables import Cell, Difference, Table, build_tables, paired_difference, unbeaten
 
 SUFFIX = ".template.md"
 NOTE = "<!-- Built by `make tables` from {}: change that file. -->\n\n"
@@ -35,13 +35,10 @@ class View:
     def cell(self, method: str, pattern: str, **options: Any) -> Cell:
         """The one cell with a result; `axis` means that of gate and up. DassError if there is none, or several."""
         wanted = {("axis.gate" if key == "axis" else key): value for key, value in options.items()}
-        cells = [c for c in self.table.cells if (c.variant.method, str(c.pattern), c.found) == (method, pattern, True)]
-        cells = [cell for cell in cells if wanted.items() <= cell.runs[0].options.items()]
-        if len(cells) > 1:
-            cells = [cell for cell in cells if cell.runs[0].as_published]
-        if len(cells) != 1:
-            raise DassError(f"The page asks for {method} at {pattern} {options}, of which there are {len(cells)}.")
-        return cells[0]
+        cell = self.table.find(pattern, method, wanted)
+        if cell is None or not cell.found:
+            raise DassError(f"The page asks for {method} at {pattern} {options}, of which there is not one result.")
+        return cell
 
     def ppl(self, method: str, pattern: str, **options: Any) -> float:
         """The perplexity of a cell."""
@@ -67,9 +64,7 @@ class Page:
     def view(self, experiment: str, model: str, text: str | None = None, sequences: int | None = None) -> View:
         """The table of a model; of several calibration sets that with this text and number of sequences."""
         tables = [table for table in build_tables(self._of(experiment)) if table.runs[0].model == model]
-        if text is not None:
-            sets = [(table, calibrated(table).config["calibration"]["n_sequences"]) for table in tables]
-            tables = [table for table, number in sets if (source(table), number) == (text, sequences)]
+        tables = [table for table in tables if text is None or (source(table), size(table)) == (text, sequences)]
         if len(tables) != 1:
             raise DassError(f"The page asks for one table of {model} in {experiment}: there are {len(tables)}.")
         return View(tables[0])
@@ -122,13 +117,9 @@ def require(supported: bool, claim: str) -> str:
 
 def bold_best(cells: list[Cell], form: str = ".1f") -> list[str]:
     """Perplexities; bold are the lowest and what cannot be told apart from it, where there is more than one."""
-    lowest = min(cells, key=lambda cell: cell.perplexity)
-    differences = [paired_difference(cell, lowest) for cell in cells]
-    best = [len(cells) > 1 and not (difference and difference.counts) for difference in differences]
-    return [
-        f"**{cell.perplexity:{form}}**" if b else f"{cell.perplexity:{form}}"
-        for cell, b in zip(cells, best, strict=True)
-    ]
+    best = {id(cell) for cell in unbeaten(cells)}
+    texts = [f"{cell.perplexity:{form}}" for cell in cells]
+    return [f"**{text}**" if id(cell) in best else text for cell, text in zip(cells, texts, strict=True)]
 
 
 FILTERS: dict[str, Callable[..., Any]] = {

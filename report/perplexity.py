@@ -8,7 +8,7 @@ import pandas as pd
 
 from report.grid import MISSING, Grid, with_error
 from report.runs import Run
-from report.tables import Cell, Table, paired_difference, variants
+from report.tables import Cell, Table, paired_difference, titles, variants
 from report.words import model_words
 
 BOLD_LEGEND = (
@@ -32,7 +32,7 @@ def perplexity_grid(table: Table, header: str = "", counterpart: Counterpart | N
     """One table in full: perplexity, paired difference to Wanda (and to a counterpart), ratio, sparsity."""
     rows, bold = [], set()
     for index, (pattern, variant) in enumerate(table.rows()):
-        cell, reference = table.cell(pattern, variant), table.cell(pattern, table.reference)
+        cell, reference = table.cell(pattern, variant), table.reference(pattern)
         row = {"Pattern": str(pattern), "Method": variant.label, "Perplexity": MISSING}
         if cell and cell.found:
             row["Perplexity"] = with_error(cell.perplexity, cell.mean("stderr"), ".2f")
@@ -73,10 +73,10 @@ def side_by_side(tables: list[Table]) -> Grid:
     order = sorted({row for table in tables for row in table.rows()})
     frame = pd.DataFrame({"Pattern": [str(p) for p, _ in order], "Method": [v.label for _, v in order]})
     bold = set()
-    for column, table in enumerate(tables, 2):
+    for column, (table, title) in enumerate(zip(tables, titles(tables), strict=True), 2):
         cells = [table.cell(*row) for row in order]
         texts = [f"{cell.perplexity:.2f}" if cell and cell.found else MISSING for cell in cells]
-        frame.insert(column, table.facts["model"], texts, allow_duplicates=True)
+        frame[title] = texts
         bold |= {(i, column) for i, (pattern, variant) in enumerate(order) if variant in table.best(pattern)}
     return Grid("All models", frame, legend=SIDE_BY_SIDE_LEGEND, bold=frozenset(bold))
 

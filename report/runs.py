@@ -168,17 +168,21 @@ def missing_run(run_id: str, config: dict[str, Any], calibrates: bool, why: str,
 
 def frame_of(runs: list[Run]) -> pd.DataFrame:
     """One tidy row per run with one type per column, without the losses of the windows."""
-    left_out = ("config", "record", "losses", "calibrates", "axis", "parameters")
+    nested = ("config", "setting", "record", "losses", "calibrates", "axis", "parameters")
     rows = []
     for run in runs:
-        row = {key: value for key, value in vars(run).items() if key not in left_out}
-        row |= {"pattern": str(run.pattern), "setting": run.setting._asdict(), **run.options}
-        row |= {"sparsity": run.config["sparsity"] if run.setting.pruned else {}}
-        row |= {"calibration": run.config["calibration"] if run.calibrates else {}}
-        rows.append(
-            row | {"n_windows": len(run.losses) or None, "machine": run.record["machine"] if run.record else {}}
-        )
-    return pd.json_normalize(rows).convert_dtypes(convert_floating=False)
+        row = {key: value for key, value in vars(run).items() if key not in nested}
+        row |= run.options | {"pattern": str(run.pattern), "n_windows": len(run.losses) or None}
+        parts = {"setting": run.setting._asdict(), "machine": run.record["machine"] if run.record else {}}
+        parts["sparsity"] = run.config["sparsity"] if run.setting.pruned else {}
+        parts["calibration"] = run.config["calibration"] if run.calibrates else {}
+        rows.append(row | {f"{part}.{key}": value for part, known in parts.items() for key, value in known.items()})
+    frame = pd.DataFrame(rows, dtype=object)
+    for name, column in frame.items():
+        kinds = set(map(type, column.dropna()))
+        number = "float64" if float in kinds else "boolean" if bool in kinds else "Int64"
+        frame[name] = column.astype(number if kinds and kinds <= {int, float, bool} else "string")
+    return frame
 
 
 def _run(record: dict[str, Any]) -> Run:
@@ -217,7 +221,8 @@ def _require_contents(record: dict[str, Any]) -> None:
     for metric in record["metrics"]:
         if metric["metric"] == "acc" and metric["dataset"] != "mean":
             right = math.fsum(metric["items"])
-            if len(metric["items"]) != metric["n"] or not math.isclose(right / metric["n"], metric["value"]):
+            agrees = math.isclose(right / metric["n"], metric["value"], rel_tol=1e-6)
+            if len(metric["items"]) != metric["n"] or not agrees:
                 raise ValueError(f"its items contradict its accuracy on {metric['dataset']}")
     if "methods" in record["config"]["method"] and not {"errors", "jaccard", "norms"} <= set(record["diagnostics"]):
         raise ValueError("its diagnostics are not whole")
@@ -242,7 +247,7 @@ def _described(
             calibration=_given(config["calibration"]) if calibrates else None,
         ),
         model_identity=identity.get("model"),
-        method_identity=identity.get("method"),
+        method_identity=f"{identity['method']}, numerics {identity['numerics']}" if identity.get("method") else None,
         calibrates=calibrates,
         method=method["name"],
         axis=method.get("axis") or {},

@@ -101,12 +101,11 @@ class Table:
         """The methods and their variants in reading order."""
         return sorted({cell.variant for cell in self.cells})
 
-    @property
-    def reference(self) -> Variant | None:
-        """Wanda; of several variants the published one."""
+    def reference(self, pattern: Pattern) -> Cell | None:
+        """Wanda under a pattern; of several variants in the table the published one."""
         wanda = {cell.variant: cell.runs[0].as_published for cell in self.cells if cell.variant.method == "wanda"}
         candidates = [variant for variant, published in wanda.items() if published or len(wanda) == 1]
-        return candidates[0] if len(candidates) == 1 else None
+        return self.cell(pattern, candidates[0]) if len(candidates) == 1 else None
 
     def rows(self) -> list[tuple[Pattern, Variant]]:
         """Pattern and variant of every row: what was run, and each method of which a pattern has nothing."""
@@ -115,7 +114,7 @@ class Table:
         lacking = {(p, v) for p in self.patterns for v in self.variants if (p, v.method) not in tried}
         return sorted(run | {(pattern, variant) for pattern, variant in lacking if variant.method != "dense"})
 
-    def cell(self, pattern: Pattern, variant: Variant | None) -> Cell | None:
+    def cell(self, pattern: Pattern, variant: Variant) -> Cell | None:
         """One method under one pattern; None if it was not run."""
         return next((cell for cell in self.cells if (cell.pattern, cell.variant) == (pattern, variant)), None)
 
@@ -126,14 +125,19 @@ class Table:
         cells = [cell for cell in cells if len(cells) == 1 or cell.runs[0].as_published]
         return cells[0] if len(cells) == 1 else None
 
-    def best(self, pattern: Pattern) -> frozenset[Variant]:
+    def best(self, pattern: Pattern) -> set[Variant]:
         """The lowest perplexity of a pattern and all that cannot be told apart from it; none where none was beaten."""
         cells = [cell for cell in self.cells if cell.pattern == pattern != DENSE and cell.found]
-        if len(cells) < 2:
-            return frozenset()
-        lowest = min(cells, key=lambda cell: cell.perplexity)
-        differences = {cell.variant: paired_difference(cell, lowest) for cell in cells}
-        return frozenset(variant for variant, found in differences.items() if not (found and found.counts))
+        return {cell.variant for cell in unbeaten(cells)}
+
+
+def unbeaten(cells: list[Cell]) -> list[Cell]:
+    """Of cells with a result the lowest and all that cannot be told apart from it; none of a single one."""
+    lowest = min(cells, key=lambda cell: cell.perplexity, default=None)
+    if lowest is None or len(cells) < 2:
+        return []
+    differences = [paired_difference(cell, lowest) for cell in cells]
+    return [cell for cell, found in zip(cells, differences, strict=True) if not (found and found.counts)]
 
 
 def build_tables(runs: list[Run]) -> list[Table]:
@@ -153,6 +157,14 @@ def build_tables(runs: list[Run]) -> list[Table]:
                 for index in indices:
                     tables[index].facts[name] += f", identity {getattr(whole[index], name)}"
     return sorted(tables, key=lambda table: list(table.facts.values()))
+
+
+def titles(tables: list[Table]) -> list[str]:
+    """What tells each table from the others: its model, or all the facts in which they differ."""
+    alike = len({table.facts["model"] for table in tables}) == len(tables)
+    names = ["model"] if alike else ["model", "evaluation", "pruned", "calibration"]
+    differing = [name for name in names if len({table.facts[name] for table in tables}) > 1]
+    return [", ".join(table.facts[name] for name in differing or ["model"]) for table in tables]
 
 
 def variants(runs: list[Run]) -> dict[str, Variant]:

@@ -41,18 +41,16 @@ def machine_words(run: Run) -> str:
 
 def facts_of(runs: list[Run], *names: str) -> dict[str, str]:
     """The named facts of what holds for all runs of a table; and, where runs are missing, how many and why."""
-    words = {"model": model_words, "evaluation": evaluation_words, "calibration": calibration_words}
-    facts = {}
-    for name in names:
-        if name in words:  # a run with a record knows more
-            found = [words[name](run) for run in sorted(runs, key=lambda run: run.record is None)]
-        elif name == "pruned":
-            found = [run.setting.pruned or "none" for run in runs]
-        elif name == "machine":
-            found = ["; ".join(sorted({machine_words(run) for run in runs} - {""})) or "none"]
-        else:
-            found = [_seeds(runs)]
-        facts[name] = next((text for text in found if text != "none"), "none")
+    known = sorted(runs, key=lambda run: run.record is None)  # a run with a record knows more
+    words = {
+        "model": map(model_words, known),
+        "evaluation": map(evaluation_words, known),
+        "pruned": (run.setting.pruned or "none" for run in runs),
+        "calibration": map(calibration_words, known),
+        "seeds": [_seeds(runs)],
+        "machine": ["; ".join(sorted({machine_words(run) for run in runs} - {""})) or "none"],
+    }
+    facts = {name: next((text for text in words[name] if text != "none"), "none") for name in names}
     missing = [run for run in runs if run.why]
     reasons = "; ".join(sorted({run.why for run in missing}))
     return facts | ({"missing": f"{len(missing)} runs: {reasons}"} if missing else {})

@@ -104,7 +104,7 @@ def test_no_tokenizer(tmp_path):
     ("raised", "says"),
     [
         ("You are trying to access a gated repo.\nMake sure to have access to it", "is gated: accept its licence"),
-        ("We couldn't connect to 'https://huggingface.co'", "and the network"),
+        ("We couldn't connect to 'https://huggingface.co'", "and network"),
     ],
 )
 def test_hub_models_out_of_reach(monkeypatch, raised, says):

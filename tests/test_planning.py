@@ -18,7 +18,8 @@ from dass.evaluation.perplexity import perplexity
 from dass.planning.architecture import config_from, read_architecture
 from dass.planning.costs import Workload, plan_evaluation, plan_load, plan_pruning, share_removed, targeted_weights
 from dass.planning.devices import Device, Stage
-from dass.pruning.blocks import find_blocks, mlp_matrices
+from dass.pruning.blocks import mlp_matrices
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.update import obs_sweep

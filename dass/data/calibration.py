@@ -1,10 +1,11 @@
 """Calibration sets: a source by its name -> input_ids `(n_sequences, seq_len)` int64."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from dass.data.sources import Source, find_source
+from dass.data.sources import find_source
 from dass.data.tokens import Bos, Tokenizer, draw_documents, draw_joined
 from dass.errors import DassError
 from dass.stages import release_freed_memory
@@ -39,32 +40,12 @@ def calibration_tokens(
     found = find_source(name, "calibration")
     if n_sequences is not None and n_sequences < 1:
         raise DassError(f"n_sequences={n_sequences} must be at least 1.", "calibration.n_sequences")
-    if join and (found.tokens or found.draw is not None):
-        raise DassError(f"join does not apply to {name}, which has its own draw: leave it false.", "calibration.join")
-    if found.tokens:
-        if bos != "none":
-            raise DassError(f"bos does not apply to {name}, used as it is: leave it at none.", "calibration.bos")
-        return _first(found, found.documents("calibration", path, revision), n_sequences, seq_len)
-    if n_sequences is None or seq_len is None:
+    if not found.tokens and None in (n_sequences, seq_len):
         raise DassError(f"{name} needs n_sequences and seq_len: set both.", "calibration.n_sequences")
+    if join and found.draw is not None:
+        raise DassError(f"join does not apply to {name}, which has its own draw: leave it false.", "calibration.join")
+    draw: Callable[..., Tensor] = found.draw or (draw_joined if join else draw_documents)
     documents = found.documents("calibration", path, revision)
-    draw = found.draw or (draw_joined if join else draw_documents)
     input_ids = draw(documents, tokenizer, n_sequences, seq_len, seed, bos)
     release_freed_memory()
     return input_ids
-
-
-def _first(found: Source, input_ids: Tensor, n_sequences: int | None, seq_len: int | None) -> Tensor:
-    """The first sequences of given tokens `(n, length)`, used as they are."""
-    n, length = input_ids.shape
-    if seq_len is not None and seq_len != length:
-        raise DassError(
-            f"{found.name} holds sequences of {length} tokens, not seq_len={seq_len}: leave it null.",
-            "calibration.seq_len",
-        )
-    if n_sequences is not None and n_sequences > n:
-        raise DassError(
-            f"{found.name} holds {n} sequences, fewer than n_sequences={n_sequences}: lower it.",
-            "calibration.n_sequences",
-        )
-    return input_ids[:n_sequences]

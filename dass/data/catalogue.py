@@ -83,7 +83,7 @@ ITEMS = tuple(
 
 def find(name: str, assets: tuple[Asset, ...]) -> Asset:
     """The asset of this name among `assets`."""
-    known = {asset.name: asset for asset in assets}
-    if name not in known:
-        raise unknown("The packaged asset", name, known)
-    return known[name]
+    for asset in assets:
+        if asset.name == name:
+            return asset
+    raise unknown("The packaged asset", name, [asset.name for asset in assets])

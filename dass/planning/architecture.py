@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dass.errors import DassError, first_line
-from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Unit, find_blocks
+from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Unit
+from dass.pruning.layout import find_blocks
 from dass.sparsity import linear_weights
 
 ROLES = (

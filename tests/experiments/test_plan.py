@@ -74,7 +74,7 @@ def test_a_folder_without_weights(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["device=gtx"], "device=gtx is unknown: choose one of h100, "),
+        (["device=gtx"], "The device gtx is unknown: choose one of h100, "),
         (["model=local"], "model=local needs a folder"),
         (["model.architecture.model_type=nope"], "not one that transformers knows"),
         (["sparsity=nm", "sparsity.n=2", "sparsity.m=7"], "M=7 does not divide"),
@@ -104,4 +104,4 @@ def test_the_command_line():
     assert "405,853,388,800" in ran.stdout
     command[-1] = "device=gtx"
     ran = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
-    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and ran.stderr.startswith("error: device=gtx")
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and ran.stderr.startswith("error: The device gtx")

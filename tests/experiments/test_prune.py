@@ -24,7 +24,7 @@ from dass.pruning.criteria import CRITERIA, criterion
 from dass.records import RECORD_KEYS
 from dass.sparsity import apply_masks, read_masks
 from experiments import fingerprint as identities
-from experiments import plan, train_tiny  # noqa: F401  (their typed configs)
+from experiments import outputs, plan, train_tiny  # noqa: F401  (their typed configs)
 from experiments import prune as app
 from experiments.app import CONF
 from experiments.resolve import resolve
@@ -194,7 +194,7 @@ def test_a_failing_save_still_leaves_the_record(setting, tmp_path, monkeypatch):
     def full(*_, **__):
         raise DassError("Cannot write the model: free space.")
 
-    monkeypatch.setattr(app, "save_model", full)
+    monkeypatch.setattr(outputs, "save_model", full)
     with pytest.raises(DassError, match="free space"):
         run(*setting, f"save_model={tmp_path / 'saved'}")
     (record,) = records(tmp_path)

@@ -29,10 +29,7 @@ def no_gate(up, down):
 QKVO = {role: f"self_attn.{role}_proj" for role in "qkvo"}
 LINEARS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "llama_biased": (glu("mlp"), QKVO),
-    "phi3": (
-        glu("mlp", "gate_up_proj", "gate_up_proj"),
-        {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj"},
-    ),
+    "phi3": (glu("mlp", "gate_up_proj", "gate_up_proj"), {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj"}),
     "glm4": (glu("mlp", "gate_up_proj", "gate_up_proj"), QKVO),
     "gpt2": (no_gate("mlp.c_fc", "mlp.c_proj"), {"qkv": "attn.c_attn", "o": "attn.c_proj"}),
     "opt": (no_gate("fc1", "fc2"), QKVO | {"o": "self_attn.out_proj"}),
@@ -59,17 +56,15 @@ LINEARS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "olmoe": ({}, QKVO),
     "deepseek_v2": (glu("mlp"), {}),
     "deepseek_v3": (glu("mlp"), {}),
-    "granitemoeshared": (
-        glu("shared_mlp", "input_linear", "input_linear", "output_linear"),
-        QKVO,
-    ),
+    "granitemoeshared": (glu("shared_mlp", "input_linear", "input_linear", "output_linear"), QKVO),
     "jetmoe": ({}, {}),
     "llama4_text": (glu("feed_forward"), QKVO),
     "gpt_oss": ({}, QKVO),
     "gemma4_text": (glu("mlp"), QKVO),
 }
 """The linear layers of each layout by role, of its MLP (if it has one of linear layers) and of attention."""
-SHARED = {"deepseek_v2": "mlp.shared_experts", "deepseek_v3": "mlp.shared_experts", "llama4_text": "feed_forward.shared_expert"}
+SHARED = dict.fromkeys(("deepseek_v2", "deepseek_v3"), "mlp.shared_experts")
+SHARED["llama4_text"] = "feed_forward.shared_expert"
 """MLPs of linear layers that stand beside the experts, in blocks that have any."""
 EXPERTS = dict.fromkeys(
     ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"), "mlp.experts"
@@ -264,7 +259,7 @@ def naive_walk(
 
     def need(neurons):
         default = max(neurons, model.config.hidden_size) if criterion == "obs" else 32
-        return default if min_expert_tokens is None else min_expert_tokens
+        return max(1, default if min_expert_tokens is None else min_expert_tokens)
 
     for block in decoder(model):
         found = look(model, layout, block, input_ids, need, attention)

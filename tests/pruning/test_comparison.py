@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dass.errors import DassError
-from dass.pruning.blocks import MLP_ROLES, find_blocks
+from dass.pruning.blocks import MLP_ROLES
 from dass.pruning.comparison import (
     check_comparison,
     compare_block,
@@ -19,6 +19,7 @@ from dass.pruning.comparison import (
     reordered_share,
 )
 from dass.pruning.criteria import CRITERIA, criterion
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.statistics import InputStream
@@ -166,9 +167,7 @@ def test_the_norms_are_measured_on_the_intermediate_activations():
         n = inputs_of(model, mlp.down_proj, input_ids).square().sum(0).sqrt().numpy()
         assert measured["cv"][index] == pytest.approx(n.std() / n.mean())
         assert measured["p90_p10"][index] == pytest.approx(np.percentile(n, 90) / np.percentile(n, 10))
-        shares = [
-            reordered_share(layer.weight, torch.from_numpy(n)) for layer in (mlp.gate_proj, mlp.up_proj)
-        ]
+        shares = [reordered_share(layer.weight, torch.from_numpy(n)) for layer in (mlp.gate_proj, mlp.up_proj)]
         assert measured["reordered"][index] == pytest.approx(np.mean(shares))
 
 

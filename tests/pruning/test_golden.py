@@ -1,6 +1,6 @@
 """The numbers of every method, kept: masks and losses on a tiny LLaMA that is made from a formula.
 
-    python -m tests.pruning.test_golden    # writes them anew, once NUMERICS is raised
+python -m tests.pruning.test_golden    # writes them anew, once NUMERICS is raised
 """
 
 import hashlib

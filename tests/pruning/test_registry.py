@@ -54,9 +54,7 @@ def test_a_criterion_registered_from_outside():
     given = {"shift": -3, "power": 3, "squared": True, "of": "outputs"}
     model, dense, input_ids = tiny_model(), tiny_model(), random_tokens()
     masks = prune_model(model, BlockPruner(Method("shifted", ALONG_INPUTS, NM(1, 4), parameters=given)), input_ids)
-    assert {(role, *values) for role, *values in called} == {
-        (role, -3.0, 3, True, "outputs") for role in ALONG_INPUTS
-    }
+    assert {(role, *values) for role, *values in called} == {(role, -3.0, 3, True, "outputs") for role in ALONG_INPUTS}
     assert all(type(value) is kind for value, kind in zip(called[0][1:], (float, int, bool, str), strict=True))
     for name, weight in model.named_parameters():
         assert ((weight == 0).float().mean() == 0.75) == ("mlp" in name), name
@@ -92,10 +90,10 @@ def test_an_update_registered_from_outside(layout):
     called = add_update()
     model, dense = tiny_model(layout, torch.float64), tiny_model(layout, torch.float64)
     method = Method("wanda", ALONG_INPUTS, NM(2, 4), "rescaled", {"floor": 1e-9, "damped": True, "offset": 0})
-    pruner, input_ids = BlockPruner(method, exclude=r"(layers|h)\.[12]\."), random_tokens()
-    masks = prune_model(model, pruner, input_ids)
+    input_ids, later = random_tokens(), r"(layers|h)\.[12]\."
+    masks = prune_model(model, BlockPruner(method, exclude=later), input_ids)
     plain = tiny_model(layout, torch.float64)
-    expected = prune_model(plain, BlockPruner(Method("wanda", ALONG_INPUTS, NM(2, 4)), exclude=r"(layers|h)\.[12]\."), input_ids)
+    expected = prune_model(plain, BlockPruner(Method("wanda", ALONG_INPUTS, NM(2, 4)), exclude=later), input_ids)
     first = [name for name in masks if ".0." in name]
     assert first and all(values == [1e-9, True, 0] for _, *values in called)
     for name in first:
@@ -213,7 +211,7 @@ def test_intermediate_norms_are_of_the_mlp_alone():
 
 
 def test_what_cannot_be_registered():
-    with pytest.raises(DassError, match="criterion wrong needs input_nrm, which is no statistic: .*input_norm"):
+    with pytest.raises(DassError, match=r"criterion wrong needs input_nrm, which is no statistic: .*input_norm"):
 
         @criterion("input_nrm")
         def wrong(weight, role, statistics):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from dass.errors import DassError
-from dass.pruning.blocks import find_blocks
+from dass.pruning.calls import enter_first_block
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.statistics import HESSIAN_BLOCK, InputStream, damped_inverse
-from dass.pruning.walk import enter_first_block, observe, open_streams
+from dass.pruning.walk import observe, open_streams
 from tests.models import random_tokens, tiny_model
 
 FEATURES = HESSIAN_BLOCK + 44

@@ -5,7 +5,7 @@ import torch
 
 from dass.errors import DassError
 from dass.pruning import update as solver
-from dass.pruning.blocks import find_blocks
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured, select_mask, verify_mask
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.statistics import InputStream, damped_inverse
@@ -173,9 +173,7 @@ def test_reconstruction_error_is_below_wandas(pattern):
     repaired = sparsegpt_layer(pattern, "layer", x, weights)
     for role, weight in weights.items():
         keep = select_mask(weight.abs() * x.norm(dim=0), pattern, "in").keep
-        assert layer_error(x, weight, repaired[role].projection.weight) < 0.9 * layer_error(
-            x, weight, weight * keep
-        )
+        assert layer_error(x, weight, repaired[role].projection.weight) < 0.9 * layer_error(x, weight, weight * keep)
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "dass"])

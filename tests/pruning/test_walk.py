@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-
 from torch.nn.functional import linear
 
 from dass.errors import DassError
-from dass.pruning.blocks import find_blocks
+from dass.pruning.calls import enter_first_block
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import BlockPruner, Method
-from dass.pruning.walk import enter_first_block, prune_model
+from dass.pruning.walk import prune_model
 from tests.models import ARCHITECTURES, random_tokens, tiny_model
 
 ALONG_INPUTS = dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "in")

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dass.records import write_record
+from dass.manifests import Manifest, PlannedRun, write_manifest
+from dass.records import identity_of, write_record
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "50%": {"name": "unstructured", "ratio": 0.5, "n": None, "m": None},
@@ -23,8 +24,11 @@ def make_record(
     sparsity = 0.0 if method == "dense" else 0.5
     calibrates = method != "dense" and (method != "magnitude" or options.get("update") == "obs")
     stages = ["load", "evaluation", *["pruning"] * (method != "dense"), *["calibration"] * calibrates]
-    return {
+    record: dict[str, Any] = {
         "id": run_id,
+        "command": [],
+        "files": {},
+        "failed": {},
         "config": {
             "model": {"name": model, "dtype": "auto"},
             "method": {"name": method, **options},
@@ -54,6 +58,28 @@ def make_record(
         ],
         "windows": losses.tolist(),
     }
+    return identify(record)
+
+
+def identify(record: dict[str, Any], **contents: str) -> dict[str, Any]:
+    """Give a record the identities that its config tells; `contents` of a model or evaluation that it does not."""
+    config = record["config"]
+    calibrates = "calibration" in record["stages"]
+    drawn = config["calibration"] | {"seed": config["seed"]} if calibrates else None
+    parts = {"model": config["model"] | config["resolved"], "evaluation": config["evaluation"]}
+    found: dict[str, Any] = {name: identity_of(part | {"contents": contents.get(name)}) for name, part in parts.items()}
+    method = {key: config[key] for key in ("method", "sparsity", "targets", "exclude")}
+    found["method"] = None if config["method"]["name"] == "dense" else identity_of(method)
+    found["calibration"] = drawn and identity_of(drawn)
+    record["identity"] = found | {"numerics": 1}
+    record["determinants"] = {"calibration": drawn}
+    return record
+
+
+def plan(name: str, records: list[dict[str, Any]], report: str = "perplexity", **whys: str) -> Manifest:
+    """The manifest of a sweep of these records; `whys` of those that have none, by their id."""
+    runs = [PlannedRun(r["id"], r["config"], "calibration" in r["stages"], whys.get(r["id"])) for r in records]
+    return Manifest(name, name.removesuffix("-small"), "small", report, [f"experiment={name}"], runs)
 
 
 def losses(shift: float, noise: float = 0.0, n: int = 16) -> np.ndarray:
@@ -63,8 +89,11 @@ def losses(shift: float, noise: float = 0.0, n: int = 16) -> np.ndarray:
 
 
 def write_example(folder: Path) -> None:
-    """Two patterns; under 2:4 dass wins clearly, under 50% dass and sparsegpt are in a draw; one cell was not run."""
-    for record in (
+    """Records and manifest of two patterns, a cell of which was not run.
+
+    Under 2:4 dass wins clearly, under 50% dass and sparsegpt are in a draw.
+    """
+    records = [
         make_record("0d", "dense", losses(0.0)),
         make_record("1m", "magnitude", losses(2.5, 0.3), criterion="magnitude", update="none"),
         make_record("2w", "wanda", losses(0.40, 0.02), axis={"gate": "in"}),
@@ -73,5 +102,7 @@ def write_example(folder: Path) -> None:
         make_record("5w", "wanda", losses(0.20, 0.02), "50%", axis={"gate": "in"}),
         make_record("6s", "sparsegpt", losses(0.101, 0.05), "50%"),
         make_record("7d", "dass", losses(0.10, -0.05), "50%", alpha=0.5),
-    ):
+    ]
+    for record in records:
         write_record(folder, record)
+    write_manifest(folder, plan("example-small", records))

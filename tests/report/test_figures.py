@@ -9,9 +9,10 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 from dass.records import read_records
-from report.cells import build_tables
-from report.figures import METHOD_STYLE, label_styles, perplexity_figure, write_figure
+from report.curves import perplexity_figure
+from report.figures import METHOD_STYLE, variant_styles, write_figure
 from report.runs import runs_of
+from report.tables import build_tables
 from tests.report.records import losses, make_record, write_example
 
 
@@ -55,7 +56,8 @@ def test_only_the_best_and_those_in_a_draw_are_filled() -> None:
 
 def test_a_method_keeps_its_colour_and_its_variants_differ_in_the_marker() -> None:
     records = [make_record(f"d{alpha}", "dass", losses(0.1), alpha=alpha) for alpha in (0.25, 0.5)]
-    styles = label_styles(build_tables(runs_of([*records, make_record("n", "new", losses(0.2))])))
+    tables = build_tables(runs_of([*records, make_record("n", "new", losses(0.2))]))
+    styles = {variant.label: style for variant, style in variant_styles(tables).items()}
     variants = [styles[f"dass (alpha={alpha})"] for alpha in (0.25, 0.5)]
     assert {style.color for style in variants} == {METHOD_STYLE["dass"].color}
     assert variants[0].marker != variants[1].marker

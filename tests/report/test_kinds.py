@@ -1,29 +1,29 @@
 """The kinds of report against numbers computed by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dass.errors import DassError
-from report.cells import build_tables, paired_difference
 from report.curves import difference_figure
 from report.grid import MISSING, to_latex, to_markdown
-from report.kinds import KINDS, Material
+from report.kinds import KINDS, Material, find_kind
 from report.published import read_published
 from report.runs import missing_run, runs_of
-from tests.report.records import losses, make_record
+from report.tables import build_tables, paired_difference
+from tests.report.records import identify, losses, make_record
 
 
-def material(*records, missing=()):
-    runs = runs_of(list(records))
-    return Material([*runs, *missing], {record["id"]: record for record in records}, [])
+def material(*records, missing=(), published="nowhere"):
+    return Material([*runs_of(list(records)), *missing], read_published(Path(published)))
 
 
 def rows_of(grid, *headers):
     """The named columns of a grid, by the words at the left of each row."""
-    columns = [grid.headers.index(header) for header in headers]
-    return {tuple(row[: grid.text_columns]): [row[column] for column in columns] for row in grid.rows}
+    words = grid.frame.iloc[:, : grid.words].itertuples(index=False, name=None)
+    return dict(zip(words, grid.frame[list(headers)].values.tolist(), strict=True))
 
 
 def drawn(report):
@@ -80,7 +80,7 @@ def test_runs_with_the_same_seeds_are_paired_by_seed():
         for seed, values in enumerate(runs)
     ]
     (table,) = build_tables(runs_of(records))
-    difference = paired_difference(table.cell("2:4", "dass"), table.cell("2:4", "wanda"))
+    difference = paired_difference(table.find("2:4", "dass", {}), table.find("2:4", "wanda", {}))
     d = np.array(dass) - np.array(wanda)
     assert difference.mean == pytest.approx(d.mean())
     assert difference.stderr == pytest.approx(math.sqrt(d.mean(0).var(ddof=1) / 16 + d.mean(1).var(ddof=1) / 3))
@@ -93,18 +93,18 @@ def calibration_records():
                 values = losses(shift + 0.01 * seed - size / 1000, 0.02)
                 record = make_record(f"{name}{size}{seed}", name, values, seed=seed)
                 record["config"]["calibration"] |= {"n_sequences": size}
-                yield record
+                yield identify(record)
 
 
 def test_calibration_has_a_row_for_each_set_and_method():
     report = KINDS["calibration"](material(make_record("d", "dense", losses(0)), *calibration_records()))
     (grid,) = report.grids
-    assert [row[:4] for row in grid.rows] == [
+    assert grid.frame.iloc[:, :4].values.tolist() == [
         ["c4_sample", method, size, "3"] for size in ("8", "32") for method in ("wanda", "dass")
     ]
     perplexities = [np.exp((losses(0.3 + 0.01 * seed - 0.008, 0.02)).mean()) for seed in (0, 1, 2)]
-    assert grid.rows[1][4].startswith(f"{np.mean(perplexities):.2f} ± ")
-    assert grid.rows[1][5] == f"{np.std(perplexities, ddof=1):.2f}"
+    assert grid.frame.iat[1, 4].startswith(f"{np.mean(perplexities):.2f} ± ")
+    assert grid.frame.iat[1, 5] == f"{np.std(perplexities, ddof=1):.2f}"
     assert grid.facts["dense"] == f"{np.exp(losses(0).mean()):.2f}"
     assert len(drawn(report).axes) == 1
 
@@ -125,7 +125,7 @@ def zero_shot_record(run_id, method, items, pattern="2:4"):
     mean |= {"stderr": math.hypot(*(e for _, e, _ in scores.values())) / len(scores), "n": 0, "seq_len": None}
     record["metrics"].append(mean)
     record["windows"] = []
-    return record
+    return identify(record)
 
 
 def test_zero_shot_differences_are_paired_over_items():
@@ -140,7 +140,7 @@ def test_zero_shot_differences_are_paired_over_items():
         )
     )
     (grid,) = report.grids
-    assert grid.headers[2:] == ("piqa (n = 32)", "arc_easy (n = 24)", "mean (n = 0)", "Δ mean to Wanda")
+    assert tuple(grid.frame.columns[2:]) == ("piqa (n = 32)", "arc_easy (n = 24)", "mean (n = 0)", "Δ mean to Wanda")
     rows = rows_of(grid, "piqa (n = 32)", "Δ mean to Wanda")
     d = [np.subtract(other[task], one[task]) for task in one]
     stderr = math.sqrt(sum(x.var(ddof=1) / len(x) for x in d)) / 2
@@ -148,9 +148,12 @@ def test_zero_shot_differences_are_paired_over_items():
         f"75.0 ± {100 * math.sqrt(0.75 * 0.25 / 31):.1f}",
         f"+{100 * np.mean([x.mean() for x in d]):.1f} ± {100 * stderr:.1f}",
     ]
-    assert {grid.rows[i][1] for i, _ in grid.bold} == {"dass"}
+    assert {grid.frame.iat[i, 1] for i, _ in grid.bold} == {"dass"}
     (axes,) = drawn(report).axes
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["magnitude", "wanda", "dass"]
+    heights = [container.lines[0].get_ydata()[0] for container in axes.containers]
+    assert heights == pytest.approx(
+        [100 * np.mean([np.mean(x) for x in tasks.values()]) for tasks in (worse, one, other)]
+    )
     assert len(report.frame) == 9 and set(report.frame["dataset"]) == {"piqa", "arc_easy", "mean"}
 
 
@@ -170,7 +173,8 @@ def test_time_is_told_stage_by_stage():
         ("2:4", "wanda"): ["12.3", "1.00", "1.00", "—"],
         ("2:4", "sparsegpt"): ["24.7", "2.00", "2.50", "1.25"],
     }
-    assert sorted(patch.get_height() for patch in drawn(report).axes[0].patches) == pytest.approx([12.34, 24.68])
+    heights = [container.lines[0].get_ydata()[0] for container in drawn(report).axes[0].containers]
+    assert heights == pytest.approx([12.34, 24.68])
 
 
 def test_a_curve_keeps_ratios_and_patterns_apart():
@@ -184,7 +188,7 @@ def test_a_curve_keeps_ratios_and_patterns_apart():
 def test_a_difference_within_two_standard_errors_is_drawn_open():
     records = [make_record("w", "wanda", losses(0.3)), make_record("s", "sparsegpt", losses(0.1, 0.02))]
     records.append(make_record("d", "dass", losses(0.3, 0.05)))
-    figure = difference_figure(build_tables(runs_of(records)), ["toy"])
+    figure = difference_figure(build_tables(runs_of(records)))
     faces = {line.get_color(): line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() in "^D"}
     assert faces == {"#009E73": "#009E73", "#D55E00": "white"}
 
@@ -195,7 +199,7 @@ def test_an_experiment_without_any_record_is_a_table_of_missing_cells(kind):
     if kind == "zero_shot":
         config["evaluation"] |= {"name": "zero_shot"}
     run = missing_run("x", config, True, "the model is gated", [])
-    report = KINDS[kind](Material([run], {}, []))
+    report = KINDS[kind](material(missing=[run]))
     text = to_markdown(report.grids)
     assert "the model is gated" in text and "nan" not in text.lower()
     assert to_latex(report.grids).isascii()
@@ -219,7 +223,7 @@ def test_two_standard_errors_of_few_seeds_are_not_enough():
             for seed, shift in enumerate(shifts)
         ]
         (table,) = build_tables(runs_of(records))
-        difference = paired_difference(table.cell("2:4", "dass"), table.cell("2:4", "wanda"))
+        difference = paired_difference(table.find("2:4", "dass", {}), table.find("2:4", "wanda", {}))
         assert difference.stderr == pytest.approx(stderr) and difference.counts == counts
 
 
@@ -228,8 +232,8 @@ def test_a_method_that_lacks_seeds_is_not_compared():
     (table,) = build_tables(
         runs_of([*records, make_record("d", "dass", losses(0.2)), make_record("m", "magnitude", losses(1))])
     )
-    assert paired_difference(table.cell("2:4", "dass"), table.cell("2:4", "wanda")) is None
-    assert paired_difference(table.cell("2:4", "magnitude"), table.cell("2:4", "wanda")) is not None
+    assert paired_difference(table.find("2:4", "dass", {}), table.find("2:4", "wanda", {})) is None
+    assert paired_difference(table.find("2:4", "magnitude", {}), table.find("2:4", "wanda", {})) is not None
 
 
 def test_models_have_calibration_tables_of_their_own():
@@ -237,6 +241,7 @@ def test_models_have_calibration_tables_of_their_own():
     others = [record | {"id": record["id"] + "x"} for record in calibration_records()]
     for record in others:
         record["config"] = record["config"] | {"model": {"name": "other", "dtype": "auto"}}
+        identify(record)
     report = KINDS["calibration"](material(*records, *others))
     assert [grid.facts["model"] for grid in report.grids] == ["other (float32)", "toy (float32)"]
     assert [grid.facts["dense"] for grid in report.grids] == [MISSING, f"{np.exp(losses(0).mean()):.2f}"]
@@ -253,3 +258,38 @@ def test_a_damaged_record_is_named_and_left_out(damage, capsys):
         record["config"]["method"] = {"name": "compare", "methods": ["wanda", "dass"]}
     assert runs_of([record]) == []
     assert "z" * 16 in capsys.readouterr().err
+
+
+COLUMNS = "metric,dataset,model,method,pattern,value,seq_len,targets,source"
+
+
+def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path):
+    rows = ["wikitext2-test,toy,wanda,2:4,11.02,256,mlp,one", "wikitext2-test,toy,dass,2:4,9,4096,all,another"]
+    rows += ["wikitext2-test,other,dass,2:4,9,4096,all,of another model"]
+    (tmp_path / "x.csv").write_text("\n".join([COLUMNS, *(f"perplexity,{row}" for row in rows)]) + "\n")
+    records = [make_record(name, name, losses(0.2)) for name in ("wanda", "dass")]
+    for record in records:
+        record["config"]["evaluation"] |= {"name": "wikitext2", "n_windows": None}
+        record["metrics"][0]["dataset"] = "wikitext2"
+    grid = KINDS["perplexity"](material(*records, published=tmp_path)).grids[-1]
+    ours = f"{np.exp(losses(0.2).mean()):.2f}"
+    assert rows_of(grid, "Our perplexity", "Published perplexity", "Comparable") == {
+        ("toy", "wanda", "2:4"): [ours, "11.02", "yes"],
+        ("toy", "dass", "2:4"): [ours, "9", "no: sequence length, targets"],
+    }
+
+
+def test_competition_within_columns_is_compared_with_that_within_rows():
+    inside, outside = losses(0.4, 0.02), losses(0.2, 0.03)
+    axes = {"in": {"gate": "in", "down": "in"}, "out": {"gate": "out", "down": "in"}}
+    records = [make_record("w", "wanda", losses(0.3), axis=axes["in"], update="none")]
+    records += [make_record(name, "dass", x, axis=axes[name]) for name, x in (("in", inside), ("out", outside))]
+    rows = rows_of(KINDS["granularity"](material(*records)).grids[0], "Δ loss, out − in")
+    d = outside - inside
+    text = f"−{abs(d.mean()):.4f} ± {d.std(ddof=1) / 4:.4f}"
+    assert rows["2:4", "dass (axis.gate=out)"] == [text] and rows["2:4", "dass (axis.gate=in)"] == [MISSING]
+
+
+def test_an_unknown_kind_is_one_sentence_that_names_the_nearest():
+    with pytest.raises(DassError, match="kind of report alhpa is unknown: did you mean alpha"):
+        find_kind("alhpa")

@@ -5,20 +5,19 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
-from dass.errors import DassError
 from dass.records import read_records, write_record
-from experiments.app import CONF
-from experiments.report import report
 from report import grid
-from report.cells import Table, build_tables
-from report.runs import Run, runs_of
-from report.tables import comparison, frame, perplexity_grid
-from tests.report.records import losses, make_record, write_example
+from report.perplexity import comparison, perplexity_grid, side_by_side
+from report.runs import DENSE, Pattern, Run, frame_of, missing_run, runs_of
+from report.tables import Table, build_tables, paired_difference
+from tests.report.records import identify, losses, make_record, write_example
+
+STRICT, HALF = Pattern.of(None, 2, 4), Pattern.of(0.5, None, None)
 
 
 def to_markdown(tables: list[Table]) -> str:
@@ -27,6 +26,14 @@ def to_markdown(tables: list[Table]) -> str:
 
 def to_latex(tables: list[Table]) -> str:
     return grid.to_latex([perplexity_grid(table) for table in tables])
+
+
+def labels(variants: Any) -> set[str]:
+    return {variant.label for variant in variants}
+
+
+def rows_of(table: Table) -> list[tuple[str, str]]:
+    return [(str(pattern), variant.label) for pattern, variant in table.rows()]
 
 
 def table_of(*records: dict) -> Table:
@@ -69,8 +76,8 @@ def test_numbers_of_a_row() -> None:
 
 def test_a_clear_win_is_bold_alone_and_a_draw_is_not_called_a_win(tmp_path: Path) -> None:
     (table,) = build_tables(example_runs(tmp_path))
-    assert table.best("2:4") == {"dass"}
-    assert table.best("50%") == {"dass", "sparsegpt"}
+    assert labels(table.best(STRICT)) == {"dass"}
+    assert labels(table.best(HALF)) == {"dass", "sparsegpt"}
     bold = {key for key, row in markdown_rows(to_markdown([table])).items() if "**" in row[0]}
     assert bold == {("2:4", "dass"), ("50%", "dass"), ("50%", "sparsegpt")}
     assert to_latex([table]).count(r"\textbf{") == 3
@@ -83,19 +90,19 @@ def test_two_standard_errors_are_the_border(ratio: float, draw: bool) -> None:
     stderr = noise.std(ddof=1) / 4
     wanda, dass = losses(0.0), losses(0.0) + noise - ratio * stderr
     table = table_of(make_record("w", "wanda", wanda), make_record("d", "dass", dass))
-    assert table.best("2:4") == ({"wanda", "dass"} if draw else {"dass"})
+    assert labels(table.best(STRICT)) == ({"wanda", "dass"} if draw else {"dass"})
     assert markdown_rows(to_markdown([table]))["2:4", "dass"][1].startswith("≈") == draw
 
 
 def test_a_single_window_tells_nothing_apart() -> None:
     records = [make_record(name, name, losses(shift, n=1)) for name, shift in (("wanda", 0.9), ("dass", 0.1))]
     table = table_of(*records)
-    assert table.best("2:4") == {"wanda", "dass"}
+    assert labels(table.best(STRICT)) == {"wanda", "dass"}
     assert markdown_rows(to_markdown([table]))["2:4", "dass"][:2] == [f"**{np.exp(3.1):.2f}**", "—"]
 
 
 def test_one_method_alone_has_beaten_nothing() -> None:
-    assert table_of(make_record("d", "dass", losses(0.1)), make_record("0", "dense", losses(0))).best("2:4") == set()
+    assert table_of(make_record("d", "dass", losses(0.1)), make_record("0", "dense", losses(0))).best(STRICT) == set()
 
 
 def test_a_cell_that_was_not_run_is_missing_and_not_zero(tmp_path: Path) -> None:
@@ -106,8 +113,8 @@ def test_a_cell_that_was_not_run_is_missing_and_not_zero(tmp_path: Path) -> None
 
 def test_a_variant_is_not_missed_where_another_of_its_method_was_run() -> None:
     main = [make_record(f"m{pattern}", "dass", losses(0.1), pattern, alpha=0.5) for pattern in ("2:4", "50%")]
-    rows = table_of(*main, make_record("a", "dass", losses(0.2), alpha=1.0)).rows()
-    assert rows == [("50%", "dass (alpha=0.5)"), ("2:4", "dass (alpha=0.5)"), ("2:4", "dass (alpha=1.0)")]
+    rows = table_of(*main, make_record("a", "dass", losses(0.2), alpha=1.0))
+    assert rows_of(rows) == [("50%", "dass (alpha=0.5)"), ("2:4", "dass (alpha=0.5)"), ("2:4", "dass (alpha=1.0)")]
 
 
 def test_order_of_patterns_and_methods() -> None:
@@ -116,9 +123,10 @@ def test_order_of_patterns_and_methods() -> None:
         for i, pattern in enumerate(("2:4", "50%", "4:8"))
         for method in ("zeta", "dass", "alps", "wanda", "magnitude", "sparsegpt")
     ]
-    rows = table_of(*runs, make_record("0", "dense", losses(0))).rows()
+    rows = table_of(*runs, make_record("0", "dense", losses(0)))
     methods = ["magnitude", "wanda", "sparsegpt", "dass", "alps", "zeta"]
-    assert rows == [("dense", "dense"), *((pattern, method) for pattern in ("50%", "4:8", "2:4") for method in methods)]
+    expected = [(pattern, method) for pattern in ("50%", "4:8", "2:4") for method in methods]
+    assert rows_of(rows) == [("dense", "dense"), *expected]
 
 
 def test_seeds_are_averaged_and_their_spread_is_told() -> None:
@@ -144,19 +152,20 @@ def test_overrides_get_rows_of_their_own() -> None:
         for alpha in (0.25, 0.5)
         for i, axis in enumerate(axes)
     ]
-    labels = {label for _, label in table_of(*records).rows()}
-    assert labels == {f"dass (alpha={alpha}, axis.gate={gate})" for alpha in (0.25, 0.5) for gate in ("in", "out")}
+    expected = {f"dass (alpha={alpha}, axis.gate={gate})" for alpha in (0.25, 0.5) for gate in ("in", "out")}
+    assert labels(table_of(*records).variants) == expected
 
 
 def test_runs_that_differ_in_something_unknown_are_not_averaged() -> None:
     table = table_of(make_record("a", "dass", losses(0.1)), make_record("b", "dass", losses(0.9)))
-    assert [cell.label for cell in table.cells] == ["dass [a]", "dass [b]"]
+    assert [cell.variant.label for cell in table.cells] == ["dass [a]", "dass [b]"]
 
 
 def test_the_reference_is_the_published_wanda_among_its_variants() -> None:
-    inside, outside = (make_record(gate, "wanda", losses(0.1), axis={"gate": gate}) for gate in ("in", "out"))
-    assert table_of(inside, outside).reference == "wanda (axis.gate=in)"
-    assert table_of(outside).reference == "wanda"
+    options = [{"axis": {"gate": gate}, "update": "none"} for gate in ("in", "out")]
+    inside, outside = (make_record(str(i), "wanda", losses(0.1), **given) for i, given in enumerate(options))
+    both, alone = table_of(inside, outside).reference(STRICT), table_of(outside).reference(STRICT)
+    assert both and alone and (both.variant.label, alone.variant.label) == ("wanda (axis.gate=in)", "wanda")
 
 
 def test_dense_and_magnitude_stand_in_every_table_whose_calibration_they_do_not_use() -> None:
@@ -164,9 +173,12 @@ def test_dense_and_magnitude_stand_in_every_table_whose_calibration_they_do_not_
     repaired = make_record("r", "magnitude", losses(1), update="obs")
     short, long = make_record("a", "wanda", losses(0.2)), make_record("b", "wanda", losses(0.1))
     long["config"]["calibration"]["n_sequences"] = 128
-    tables = build_tables(runs_of([dense, magnitude, repaired, short, long]))
+    tables = build_tables(runs_of([dense, magnitude, repaired, short, identify(long)]))
     members = sorted(sorted(run.id for cell in table.cells for run in cell.runs) for table in tables)
     assert members == [["0", "a", "m", "r"], ["0", "b", "m"]]
+    headers = list(side_by_side(tables).frame)[2:]
+    assert len(set(headers)) == 2 and all("sequences" in header for header in headers)
+    assert grid.to_latex([side_by_side(tables)]).count(r"\begin{tabular}{llrr}") == 1
 
 
 @pytest.mark.parametrize(
@@ -193,7 +205,7 @@ def test_another_setting_makes_another_table(change: dict) -> None:
     one, other = make_record("a", "wanda", losses(0.2)), make_record("b", "dass", losses(0.1))
     assert len(build_tables(runs_of([one, other]))) == 1
     other["config"] |= change
-    assert len(build_tables(runs_of([one, other]))) == 2
+    assert len(build_tables(runs_of([one, identify(other)]))) == 2
 
 
 def test_broken_and_foreign_files_are_named_and_change_no_number(
@@ -212,11 +224,18 @@ def test_broken_and_foreign_files_are_named_and_change_no_number(
 
 
 def test_csv_has_one_line_per_run_in_full_precision(tmp_path: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO(grid.to_csv(frame(example_runs(tmp_path))))))
+    rows = list(csv.DictReader(io.StringIO(frame_of(example_runs(tmp_path)).to_csv(index=False))))
     assert [row["id"] for row in rows] == ["0d", "1m", "2w", "3s", "4d", "5w", "6s", "7d"]
     values = [json.loads((tmp_path / f"{row['id']}.json").read_text())["metrics"][0]["value"] for row in rows]
     assert [float(row["perplexity"]) for row in rows] == values
-    assert rows[4]["options"] == "alpha=0.5" and rows[4]["seq_len"] == "256" and rows[0]["calibration"] == ""
+    assert rows[4]["alpha"] == "0.5" and rows[4]["seq_len"] == "256" and rows[0]["calibration.n_sequences"] == ""
+
+
+def test_columns_have_one_type_each(tmp_path: Path) -> None:
+    types = frame_of(example_runs(tmp_path)).dtypes.astype(str)
+    assert types[["alpha", "perplexity", "sparsity.ratio", "machine.memory_gb"]].eq("float64").all()
+    assert types[["seed", "tokens", "sparsity.n", "calibration.n_sequences", "machine.threads"]].eq("Int64").all()
+    assert types[["method", "update", "axis.gate", "model", "setting.evaluation"]].eq("string").all()
 
 
 def test_latex_escapes_what_latex_would_read() -> None:
@@ -246,23 +265,84 @@ def test_comparison_with_committed_records(tmp_path: Path) -> None:
     assert rows[1][-2].strip() == "no committed record"
 
 
-def test_the_command_writes_the_same_bytes_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_example(tmp_path / "runs")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("report", overrides=[f"records={tmp_path}/runs", f"reference={tmp_path}/runs"])
-    contents = []
-    for name in ("once", "twice"):
-        config.output = str(tmp_path / name)
-        report(config)
-        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        contents.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in files})
-    assert contents[0] == contents[1]
-    names = [f"figures/perplexity.{suffix}" for suffix in ("pdf", "png")]
-    assert sorted(contents[0]) == names + [f"tables/perplexity.{suffix}" for suffix in ("csv", "md", "tex")]
-    printed = capsys.readouterr().out
-    assert contents[0]["tables/perplexity.md"].decode() in printed and printed.count("+0.000 %") == 16
+@pytest.mark.parametrize("part", ["model", "evaluation"])
+def test_other_contents_under_the_same_name_are_never_averaged_nor_compared(part: str) -> None:
+    """A text edited between two runs, a checkpoint overwritten between two seeds."""
+    wanda, dass = make_record("w", "wanda", losses(0.2)), make_record("d", "dass", losses(0.1))
+    again = identify(make_record("e", "dass", losses(0.3), seed=1), **{part: "edited"})
+    tables = build_tables(runs_of([wanda, dass, again]))
+    assert sorted(len(table.runs) for table in tables) == [1, 2]
+    facts = [table.facts[part] for table in tables]
+    assert len(set(facts)) == 2 and all("identity " in text for text in facts)
 
 
-def test_no_records_is_one_sentence_that_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(DassError, match=r"No records in .*experiments\.prune"):
-        read_records(tmp_path / "nowhere")
+def test_the_same_contents_at_another_place_are_compared() -> None:
+    one, other = make_record("a", "wanda", losses(0.2)), make_record("b", "dass", losses(0.1))
+    other["config"]["model"] |= {"path": "/elsewhere"}
+    (table,) = build_tables(runs_of([one, other]))
+    assert labels(table.best(STRICT)) == {"dass"}
+
+
+def trained(run_id: str, method: str, shift: float, seed: int, machine: str = "A", noise: float = 0.0) -> dict:
+    record = make_record(run_id, method, losses(shift, noise))
+    record["config"]["model"] |= {"trained": {"activation": "silu", "seed": seed}}
+    return identify(record, model=machine)
+
+
+def test_trainings_of_one_design_are_replicates_paired_within_the_same_model() -> None:
+    """On two machines with two seeds each; the models differ far more than the methods on each of them."""
+    models = [(0, "A", 0.0), (1, "A", 0.9), (0, "B", -0.5), (1, "B", 0.3)]
+    gains = [0.10, 0.12, 0.09, 0.11]
+    records = [trained(f"w{s}{m}", "wanda", shift, s, m) for s, m, shift in models]
+    records += [
+        trained(f"d{s}{m}", "dass", shift - gain, s, m) for (s, m, shift), gain in zip(models, gains, strict=True)
+    ]
+    (table,) = build_tables(runs_of(records))
+    wanda, dass = (table.find("2:4", name, {}) for name in ("wanda", "dass"))
+    assert wanda and dass and len(wanda.runs) == len(dass.runs) == 4 and len(table.cells) == 2
+    difference = paired_difference(dass, wanda)
+    assert difference and difference.mean == pytest.approx(-np.mean(gains))
+    assert difference.stderr == pytest.approx(np.std(gains, ddof=1) / 2, rel=1e-6) and difference.freedom == 3
+    assert table.facts["seeds"] == "0 (of the models' training: 0, 1)"
+
+
+def test_methods_that_ran_on_other_trainings_are_not_compared() -> None:
+    (table,) = build_tables(runs_of([trained("w", "wanda", 0.2, 0, "A"), trained("d", "dass", 0.1, 0, "B")]))
+    wanda, dass = (table.find("2:4", name, {}) for name in ("wanda", "dass"))
+    assert wanda and dass and paired_difference(dass, wanda) is None
+    partly = [trained(f"w{m}", "wanda", 0.2, 0, m) for m in "AB"] + [trained("d", "dass", 0.1, 0, "A")]
+    (table,) = build_tables(runs_of(partly))
+    wanda, dass = (table.find("2:4", name, {}) for name in ("wanda", "dass"))
+    assert wanda and dass and paired_difference(dass, wanda) is None
+
+
+def test_an_edited_equation_is_another_row() -> None:
+    records = [make_record(f"d{seed}", "dass", losses(0.1 + seed), seed=seed) for seed in (0, 1)]
+    records[1]["identity"]["method"] = "edited"
+    (table,) = build_tables(runs_of(records))
+    assert [variant.label for variant in table.variants] == [
+        f"dass [{records[0]['identity']['method']}, numerics 1]",
+        "dass [edited, numerics 1]",
+    ]
+
+
+def test_a_missing_run_stands_where_it_would_and_says_why() -> None:
+    found = runs_of([make_record("w", "wanda", losses(0.2)), make_record("0", "dense", losses(0))])
+    config = make_record("d", "dass", losses(0.1), alpha=0.5)["config"]
+    (table,) = build_tables([*found, missing_run("d", config, True, "out of memory", found)])
+    assert table.facts["missing"] == "1 runs: out of memory" and table.facts["model"] == "toy (float32)"
+    assert markdown_rows(to_markdown([table]))["2:4", "dass"] == ["—"] * 5
+
+
+def test_a_failed_evaluation_is_a_missing_cell() -> None:
+    failed = make_record("d", "dass", losses(0.1)) | {"metrics": [], "windows": []}
+    failed["failed"] = {"evaluation": "the text is gone"}
+    (table,) = build_tables(runs_of([make_record("w", "wanda", losses(0.2)), failed]))
+    assert table.facts["missing"] == "1 runs: the text is gone"
+    assert markdown_rows(to_markdown([table]))["2:4", "dass"][0] == "—"
+
+
+def test_patterns_are_values_in_order_from_the_freest_to_the_strictest() -> None:
+    patterns = [Pattern.of(None, 2, 4), Pattern.of(None, 4, 8), Pattern.of(0.7, None, None), HALF, DENSE]
+    assert [str(pattern) for pattern in sorted(patterns)] == ["dense", "50%", "4:8", "2:4", "70%"]
+    assert str(Pattern.of(0.125, None, None)) == "12.5%" and str(Pattern.of(None, 6, 8)) == "6:8"

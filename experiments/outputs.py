@@ -1,0 +1,83 @@
+"""What a run leaves besides its record: the pruned model with its card, and the masks."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from transformers import PreTrainedModel
+
+from dass.folders import is_saved
+from dass.models import resolve_dtype
+from dass.records import file_sha256
+from dass.saving import Card, model_card, save_model, source_licence, write_card
+from dass.sparsity import MASKS_FILE, PackedMasks
+from experiments.fingerprint import source_of
+from experiments.resolve import Plan
+
+
+def destination(folder: str, run_id: str) -> Path:
+    """Where a run writes its model or masks: into the folder itself, or in a sweep into one of its own inside it."""
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return Path(folder).expanduser() / run_id if sweeping else Path(folder).expanduser()
+
+
+def command_of() -> str:
+    """The command that makes this run alone."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return shlex.join(["python", "-m", "experiments.prune", *overrides])
+
+
+def is_written(plan: Plan, record: dict[str, Any]) -> bool:
+    """Whether the model and the masks that are asked for are there, and are those that the record speaks of."""
+    saved, masks = plan.config.save_model, plan.config.masks
+    if saved is not None and not is_saved(destination(saved, plan.run_id), plan.run_id):
+        return False
+    if masks is None:
+        return True
+    path = destination(masks, plan.run_id) / MASKS_FILE
+    return path.is_file() and record["files"].get(MASKS_FILE) == file_sha256(path)
+
+
+def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[str, Any]) -> None:
+    """Write the masks and the model where they are asked for, and their checksums into the record."""
+    config = plan.config
+    if config.masks is not None:
+        provenance = {key: record[key] for key in ("id", "config", "git", "versions")}
+        path = masks.write(destination(config.masks, plan.run_id), provenance)
+        record["files"][MASKS_FILE] = file_sha256(path)
+    if config.save_model is not None:
+        source, revision = source_of(config.model), config.model.revision
+        folder, dtype = destination(config.save_model, plan.run_id), resolve_dtype(config.model.dtype, source, revision)
+        card = model_card(card_of(plan, source, record))
+        record["files"] |= save_model(model, folder, card, plan.run_id, dtype, source, revision)
+
+
+def write_metrics(plan: Plan, source: str, record: dict[str, Any]) -> None:
+    """Put what was measured since into the model card of the saved model."""
+    write_card(destination(str(plan.config.save_model), plan.run_id), model_card(card_of(plan, source, record)))
+
+
+def card_of(plan: Plan, source: str, record: dict[str, Any]) -> Card:
+    """What the model card says."""
+    config, sparsity = plan.config, record["sparsity"]
+    facts = {"method": str(config.method["name"])}
+    for pruner in plan.pruners.values():
+        method = pruner.method
+        roles = dict.fromkeys(one["role"] for one in sparsity["projections"].values())
+        facts["method"] += "".join(f", {name}={value}" for name, value in method.all_parameters().items())
+        facts["pattern"] = str(method.pattern)
+        facts["axis"] = ", ".join(f"{role}: {method.axis_for(role)}" for role in roles)
+        facts["order of the neurons"] = "released"
+        facts["update"] = method.update
+    facts["zeros"] = ", ".join(f"{sparsity[name]:.4f} of {name}" for name in ("targeted", "mlp", "linear", "total"))
+    facts["fingerprint"] = plan.run_id
+    return Card(
+        name=f"{config.model.name} pruned by {config.method['name']}" if plan.pruners else config.model.name,
+        base_model=config.model.hub_id or config.model.name,
+        licence=source_licence(source, config.model.revision),
+        command=record["command"],
+        facts=facts,
+        metrics=record["metrics"],
+    )
