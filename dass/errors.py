@@ -35,8 +35,29 @@ def first_line(error: BaseException) -> str:
     return gist.splitlines()[0].rstrip(".:")
 
 
-def require_finite(values: torch.Tensor, what: str) -> None:
-    """Raise DassError if a value is NaN or infinite; one pass and no copy, unlike `isfinite(...).all()`."""
+Answers = list[tuple[DassError, torch.Tensor]]
+"""What is wrong, and whether all is well instead: a boolean that may still be on its way on the device."""
+
+
+def require_finite(values: torch.Tensor, what: str, later: Answers | None = None) -> None:
+    """Raise DassError if a value is NaN or infinite.
+
+    later: where the answer is put for `require_all`; without it the host waits for the device here.
+    """
+    error = DassError(f"{what} hold NaN or infinite values: check the model's weights and its dtype.")
+    if later is None:
+        require_all([(error, finite(values))])
+    else:
+        later.append((error, finite(values)))
+
+
+def require_all(answers: Answers) -> None:
+    """Raise the first error whose answer is no; the host waits for the device once, and again to find the culprit."""
+    if answers and not torch.stack([answer for _, answer in answers]).all():
+        raise next(error for error, answer in answers if not answer)
+
+
+def finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether no value is NaN or infinite, `()` bool; one pass and no copy, unlike `isfinite(...).all()`."""
     lowest, highest = torch.aminmax(values)
-    if not (torch.isfinite(lowest) & torch.isfinite(highest)):
-        raise DassError(f"{what} hold NaN or infinite values: check the model's weights and its dtype.")
+    return torch.isfinite(lowest) & torch.isfinite(highest)

@@ -33,7 +33,7 @@ def track(name: str, project: str, group: str, run_id: str, folder: str, config:
         if name == "wandb":
             os.makedirs(folder, exist_ok=True)
         settings = wandb.Settings(silent=True)
-        run = wandb.init(project=project, group=group, name=run_id, config=config, settings=settings, **kept)  # type: ignore[arg-type]
+        run = wandb.init(project=project, group=group, name=run_id, config=config, settings=settings, **kept)
     except (wandb.errors.Error, OSError) as error:
         raise DassError(
             f"wandb cannot start ({first_line(error)}): use WANDB_MODE=offline or tracking=none."

@@ -7,18 +7,19 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dass.errors import DassError
 
 CONF = Path(__file__).parent.parent / "conf"
+Settings = TypeVar("Settings")
 USER_ERRORS = (DassError, HydraException, OmegaConfBaseException)
 
 
@@ -37,6 +38,14 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         text += ": no such setting, see the files in conf/ for those that exist"
     return f"{where[0]}: {text}" if where and where[0] not in text else text
+
+
+def typed(kind: type[Settings], values: Any) -> Settings:
+    """Plain values as a data class of settings; DassError on an unknown key or a wrong type."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise DassError(sentence(error)) from error
 
 
 def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -60,7 +69,6 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(config: DictConfig) -> Any:
         nonlocal started
         started = True
-        why = ""
         try:
             return task(config)
         except USER_ERRORS as error:

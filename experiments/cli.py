@@ -3,16 +3,12 @@
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dass.errors import DassError
 from dass.names import unknown
-from experiments.app import sentence
-
-Settings = TypeVar("Settings")
+from experiments.app import Settings, sentence, typed
 
 
 def settings_of(kind: type[Settings], arguments: list[str]) -> Settings:
@@ -22,11 +18,7 @@ def settings_of(kind: type[Settings], arguments: list[str]) -> Settings:
         key, equals, _ = argument.partition("=")
         if not equals or key not in known:
             raise unknown("The setting", key, known)
-    try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_cli(arguments))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise DassError(sentence(error)) from error
+    return typed(kind, OmegaConf.from_cli(arguments))
 
 
 def run_cli(task: Callable[[Settings], None], kind: type[Settings]) -> None:

@@ -39,8 +39,7 @@ BASELINE: dict[str, dict[str, Any]] = {
 class Fingerprint:
     """What determines a run, part by part."""
 
-    parts: dict[str, dict[str, Any] | None]
-    """model, method, calibration, evaluation; None where the run has none."""
+    parts: dict[str, dict[str, Any] | None]  # model, method, calibration, evaluation; None where the run has none
 
     @property
     def id(self) -> str:
@@ -49,10 +48,8 @@ class Fingerprint:
 
     def as_dict(self) -> dict[str, Any]:
         """For the record: 16 hex digits for each part, so that runs are compared that read the same."""
-        found: dict[str, Any] = {"numerics": NUMERICS}
-        for name, part in self.parts.items():
-            found[name] = None if part is None else identity_of(hashed(name, part))
-        return found
+        parts = {name: part and identity_of(hashed(name, part)) for name, part in self.parts.items()}
+        return {"numerics": NUMERICS, **parts}
 
 
 def hashed(name: str, part: dict[str, Any] | None) -> dict[str, Any]:
@@ -62,15 +59,7 @@ def hashed(name: str, part: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def fingerprint_of(config: PruneConfig, pruners: dict[str, BlockPruner], dtype: str) -> Fingerprint:
-    """The identity of a run.
-
-    Args:
-        pruners: by the name of the method; none for the dense model, several where methods are only compared.
-        dtype: that is computed in.
-
-    Raises:
-        DassError: a file that it names is not there.
-    """
+    """The identity of a run that computes in `dtype`; DassError where a file that it names is not there."""
     prunings = {name: _method(config, name, pruner) for name, pruner in pruners.items()}
     method = {"compared": prunings} if len(prunings) > 1 else next(iter(prunings.values()), None)
     calibrates = any(map(needs_calibration, pruners.values()))
@@ -157,26 +146,20 @@ def _method(config: PruneConfig, name: str, pruner: BlockPruner) -> dict[str, An
 
 def _calibration(calibration: CalibrationConfig, seed: int) -> dict[str, Any]:
     source = find_source(calibration.name, "calibration")
-    drawn = {} if source.tokens else {"seed": seed}
-    return {
-        "name": calibration.name,
-        **source.identity(calibration.path, calibration.revision),
-        "n_sequences": calibration.n_sequences,
-        "seq_len": calibration.seq_len,
-        "bos": calibration.bos,
-        "join": calibration.join,
-        "min_expert_tokens": calibration.min_expert_tokens,
-        **drawn,
-    }
+    read = _text(calibration, source.identity(calibration.path, calibration.revision))
+    return read if source.tokens else read | {"seed": seed}
 
 
 def _evaluation(evaluation: EvaluationConfig) -> dict[str, Any]:
-    hidden = door.identity(evaluation.name, evaluation.path, evaluation.revision)
-    asked = {"seq_len": evaluation.seq_len, "n_windows": evaluation.n_windows, "limit": evaluation.limit}
+    read = _text(evaluation, door.identity(evaluation.name, evaluation.path, evaluation.revision))
     whole_packaged_text = evaluation.name == "packaged_wiki" and evaluation.n_windows is None
-    return {"name": evaluation.name, **hidden, **asked, "bos": evaluation.bos} | (
-        {"articles": assets.HELD_OUT_ARTICLES} if whole_packaged_text else {}
-    )
+    return read | ({"articles": assets.HELD_OUT_ARTICLES} if whole_packaged_text else {})
+
+
+def _text(config: CalibrationConfig | EvaluationConfig, hidden: dict[str, Any]) -> dict[str, Any]:
+    """Its settings, with what its name hides in the place of its path and revision."""
+    rest = {key: value for key, value in vars(config).items() if key not in ("path", "revision")}
+    return {"name": config.name} | hidden | rest
 
 
 def source_of(model: ModelConfig) -> str:

@@ -12,7 +12,7 @@ from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import NM, Pattern, Unstructured
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.update import UPDATES
-from experiments.app import CONF
+from experiments.app import CONF, typed
 from experiments.schema import MethodConfig, PruneConfig, SparsityConfig
 
 
@@ -60,9 +60,7 @@ def _pruner(config: PruneConfig, words: dict[str, Any]) -> BlockPruner | None:
     given = dict(words)
     if isinstance(axis, str):
         given["axis"] = {role: axis for role in ROLES if role != "qkv"}
-    method: MethodConfig = OmegaConf.to_object(  # type: ignore[assignment]
-        OmegaConf.merge(OmegaConf.structured(MethodConfig), {k: v for k, v in given.items() if k in shared})
-    )
+    method = typed(MethodConfig, {key: value for key, value in given.items() if key in shared})
     parameters = {k: v for k, v in given.items() if k not in shared}
     if method.criterion is None:
         if parameters or method.axis or method.update != "none":

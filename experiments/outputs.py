@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from dass.folders import is_saved
 from dass.models import resolve_dtype
 from dass.records import file_sha256
-from dass.saving import Card, model_card, save_model, source_licence, write_card
+from dass.saving import model_card, save_model, source_licence, write_card
 from dass.sparsity import MASKS_FILE, PackedMasks
 from experiments.fingerprint import source_of
 from experiments.resolve import Plan
@@ -50,17 +50,17 @@ def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[st
     if config.save_model is not None:
         source, revision = source_of(config.model), config.model.revision
         folder, dtype = destination(config.save_model, plan.run_id), resolve_dtype(config.model.dtype, source, revision)
-        card = model_card(card_of(plan, source, record))
+        card = card_of(plan, source, record)
         record["files"] |= save_model(model, folder, card, plan.run_id, dtype, source, revision)
 
 
 def write_metrics(plan: Plan, source: str, record: dict[str, Any]) -> None:
     """Put what was measured since into the model card of the saved model."""
-    write_card(destination(str(plan.config.save_model), plan.run_id), model_card(card_of(plan, source, record)))
+    write_card(destination(str(plan.config.save_model), plan.run_id), card_of(plan, source, record))
 
 
-def card_of(plan: Plan, source: str, record: dict[str, Any]) -> Card:
-    """What the model card says."""
+def card_of(plan: Plan, source: str, record: dict[str, Any]) -> str:
+    """The model card of a run."""
     config, sparsity = plan.config, record["sparsity"]
     facts = {"method": str(config.method["name"])}
     for pruner in plan.pruners.values():
@@ -73,7 +73,7 @@ def card_of(plan: Plan, source: str, record: dict[str, Any]) -> Card:
         facts["update"] = method.update
     facts["zeros"] = ", ".join(f"{sparsity[name]:.4f} of {name}" for name in ("targeted", "mlp", "linear", "total"))
     facts["fingerprint"] = plan.run_id
-    return Card(
+    return model_card(
         name=f"{config.model.name} pruned by {config.method['name']}" if plan.pruners else config.model.name,
         base_model=config.model.hub_id or config.model.name,
         licence=source_licence(source, config.model.revision),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from dass.data.calibration import calibration_tokens
 from dass.data.tokens import require_in_vocabulary
-from dass.errors import DassError, first_line
+from dass.errors import DassError, told
 from dass.evaluation import door
 from dass.folders import require_own_folder
 from dass.models import batch_size_for, load_model, load_tokenizer, resolve_dtype
@@ -44,7 +44,7 @@ from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import source_of
 from experiments.outputs import command_of, destination, is_written, save, write_metrics
-from experiments.resolve import Checked, Plan, check, loads, resolve
+from experiments.resolve import Plan, check, loads
 from report.runs import runs_of
 
 Log = Callable[[dict[str, float]], None]
@@ -56,7 +56,7 @@ def main(config: DictConfig) -> str | None:
     if config.get("dry_run"):
         print(dry_run(config))
         return None
-    plan = resolve(config)
+    plan = check(config)
     results_dir = Path(plan.config.results_dir)
     for folder in (results_dir, plan.config.save_model, plan.config.masks):
         if folder is not None:
@@ -67,13 +67,9 @@ def main(config: DictConfig) -> str | None:
         return plan.run_id
     if plan.config.save_model is not None:
         require_own_folder(destination(plan.config.save_model, plan.run_id))
-    try:
+    advice = "set a smaller `batch_size` or `calibration.n_sequences`, or use a larger GPU"
+    with told("The GPU's memory does not suffice", advice, torch.OutOfMemoryError):
         run_and_record(plan, label)
-    except torch.OutOfMemoryError as error:
-        raise DassError(
-            f"The GPU's memory does not suffice ({first_line(error)}): set a smaller `batch_size` or "
-            f"`calibration.n_sequences`, or use a larger GPU."
-        ) from error
     return plan.run_id
 
 
@@ -82,18 +78,18 @@ def dry_run(config: DictConfig) -> str:
 
     Where the identity hangs on a model that is not there (its dtype, its trained weights), the line says so.
     """
-    checked = check(config)
+    plan = check(config)
     try:
-        run_id = resolve(config).run_id
+        run_id = plan.run_id
     except DassError as error:
         run_id = f"(identity not known yet: {error})"
-    return f"{run_id} {label_of(checked)}: {'; '.join(loads(checked))}"
+    return f"{run_id} {label_of(plan)}: {'; '.join(loads(plan))}"
 
 
-def label_of(checked: Checked) -> str:
+def label_of(plan: Plan) -> str:
     """A run in a few words: model, method, pattern."""
-    patterns = {str(pruner.method.pattern) for pruner in checked.pruners.values()}
-    return " ".join([checked.config.model.name, checked.config.method["name"], *patterns])
+    patterns = {str(pruner.method.pattern) for pruner in plan.pruners.values()}
+    return " ".join([plan.config.model.name, plan.config.method["name"], *patterns])
 
 
 def is_done(plan: Plan) -> bool:
@@ -128,14 +124,10 @@ def run_and_record(plan: Plan, label: str) -> None:
 class Walked:
     """What a walk over all blocks leaves behind."""
 
-    projections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What each projection went through: pattern, axis, damping."""
-    rare: dict[str, int] = field(default_factory=dict)
-    """Experts that saw too few tokens, so that all of their block's were run through them: how many they saw."""
-    measured: list[BlockDiagnostics] = field(default_factory=list)
-    """Where methods are compared, one for each block."""
-    masks: PackedMasks = field(default_factory=PackedMasks)
-    """Where they are asked for."""
+    projections: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each the pattern, axis, damping
+    rare: dict[str, int] = field(default_factory=dict)  # experts that saw too few tokens: how many they saw
+    measured: list[BlockDiagnostics] = field(default_factory=list)  # of each block, where methods are compared
+    masks: PackedMasks = field(default_factory=PackedMasks)  # where they are asked for
     batch_size: int = 1
 
 
@@ -214,8 +206,7 @@ def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list
 
 def score(evaluation: door.Evaluation, model: PreTrainedModel, batch_size: int | None, record: dict[str, Any]) -> None:
     """Evaluate the model, and put the metrics into the record."""
-    scores = door.evaluate(evaluation, model, batch_size)
-    record["metrics"], record["windows"] = scores.metrics, scores.windows
+    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size)
 
 
 def counted(plan: Plan, model: PreTrainedModel, walked: Walked) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
 
 from dass.training.tiny import Recipe
 
@@ -22,8 +21,8 @@ class ModelConfig:
     dtype: str = "auto"
     bos: str = "tokenizer"
     projections: Any = None  # {role: regular expression}; OmegaConf cannot fill an optional dictionary
+    # entries of transformers' config that fix the shapes, for `experiments.plan` without the hub; no run reads it
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Entries of transformers' config that fix the shapes, for `experiments.plan` without the hub; no run reads it."""
 
 
 @dataclass
@@ -110,8 +109,3 @@ class PruneConfig:
 
 
 ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
-
-
-def typed(config: DictConfig) -> PruneConfig:
-    """A composed config as data classes."""
-    return OmegaConf.to_object(config)  # type: ignore[return-value]

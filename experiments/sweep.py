@@ -1,8 +1,8 @@
 """The manifest of a sweep: which runs it consists of, written beside their records before and after they run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hydra import compose
 from hydra.core.utils import JobReturn, JobStatus
@@ -12,20 +12,10 @@ from dass.errors import DassError
 from dass.manifests import Manifest, PlannedRun, write_manifest
 from dass.records import identity_of
 from experiments.app import sentence
-from experiments.resolve import check, resolve
+from experiments.resolve import check
 
-ROUTINE: tuple[str, ...] = (
-    "experiment",
-    "scale",
-    "results_dir",
-    "tracking",
-    "device",
-    "batch_size",
-    "save_model",
-    "masks",
-    "rerun",
-)
-ROUTINE += ("debug", "hydra")
+ROUTINE = {"experiment", "scale", "results_dir", "tracking", "device", "batch_size", "save_model", "masks", "rerun"}
+ROUTINE |= {"debug", "hydra"}
 """Settings that change nothing of what a sweep is."""
 KEPT = ("model", "method", "sparsity", "calibration", "evaluation", "targets", "exclude", "seed")
 """The parts of a config that say what a run was to do."""
@@ -56,29 +46,29 @@ def finish_sweep(folder: Path, manifest: Manifest, results: Sequence[JobReturn])
     """Write the manifest once more, with what the runs said of themselves: their identities, or why they failed."""
     runs = []
     for planned, result in zip(manifest.runs, results, strict=True):
-        done = result.status == JobStatus.COMPLETED
-        why = None if done else str(result._return_value) or type(result._return_value).__name__
-        fingerprint = result._return_value if done else planned.fingerprint
-        runs.append(PlannedRun(fingerprint, planned.config, planned.calibrates, why))
-    return write_sweep(folder, Manifest(**vars(manifest) | {"runs": runs}))
+        told = result._return_value
+        if result.status == JobStatus.COMPLETED:
+            runs.append(replace(planned, fingerprint=told, why=None))
+        else:
+            runs.append(replace(planned, why=str(told) or type(told).__name__))
+    return write_sweep(folder, replace(manifest, runs=runs))
 
 
 def write_sweep(folder: Path, manifest: Manifest) -> Path:
     """Write a manifest, each run once: several may be the same, as dense runs with another calibration."""
-    unique = {run.fingerprint or str(index): run for index, run in reversed(list(enumerate(manifest.runs)))}
-    runs = [run for index, run in enumerate(manifest.runs) if unique[run.fingerprint or str(index)] is run]
-    return write_manifest(folder, Manifest(**vars(manifest) | {"runs": runs}))
+    unique: dict[str | int, PlannedRun] = {}
+    for index, run in enumerate(manifest.runs):
+        unique.setdefault(run.fingerprint or index, run)
+    return write_manifest(folder, replace(manifest, runs=list(unique.values())))
 
 
 def _planned(config: DictConfig) -> PlannedRun:
     """What a run is to do; without an identity where it cannot be told here, as on a machine that lacks the model."""
+    kept, calibrates = {}, False
     try:
-        checked = check(config)
+        plan = check(config)
+        kept, calibrates = {key: plan.composed[key] for key in KEPT}, plan.calibrates
+        kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
+        return PlannedRun(plan.run_id, kept, calibrates, None)
     except DassError as error:
-        return PlannedRun(None, {}, False, sentence(error))
-    kept: dict[str, Any] = {key: checked.composed[key] for key in KEPT}
-    kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
-    try:
-        return PlannedRun(resolve(config).run_id, kept, checked.calibrates, None)
-    except DassError as error:
-        return PlannedRun(None, kept, checked.calibrates, sentence(error))
+        return PlannedRun(None, kept, calibrates, sentence(error))

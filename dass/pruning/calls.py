@@ -34,7 +34,7 @@ class Activations:
     batches: list[Tensor] = field(default_factory=list)
     """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
     calls: list[list[Call]] = field(default_factory=list)
-    """For each batch, the call of every block; batches that the model calls alike share them."""
+    """For each batch, the call of every block; batches in a row that the model calls alike share them."""
 
 
 def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Tensor, batch_size: int) -> Activations:
@@ -66,33 +66,48 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Te
 
         return forward
 
-    for batch in input_ids.split(batch_size):
+    for batch in input_ids.to(model.device).split(batch_size):
         calls: list[Call] = []
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
                 stack.enter_context(replaced_forward(block.module, stub(index, calls)))
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+            model.base_model(input_ids=batch, use_cache=False)
         if len(calls) != len(blocks):
             raise DassError(
                 f"The model runs {len(calls)} of the {len(blocks)} blocks that were found: check its config."
             )
-        alike = (earlier for earlier in reversed(activations.calls) if _alike(earlier, calls))
-        activations.calls.append(next(alike, calls))
+        before = activations.calls[-1] if activations.calls else calls
+        activations.calls.append(before if _alike(before, calls) else calls)
     return activations
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two calls (or arguments of calls) hold the same values; objects that may change hold none."""
+def _alike(one: list[Call], other: list[Call]) -> bool:
+    """Whether the calls of two batches hold the same values; the host waits for the device once."""
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    if not _built_alike(one, other, pairs):
+        return False
+    equal = [(a == b).all() for a, b in pairs.values()]
+    return not equal or bool(torch.stack([answer.to(equal[0].device) for answer in equal]).all())
+
+
+def _built_alike(one: Any, other: Any, pairs: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> bool:
+    """Whether two calls (or arguments of calls) differ at most in the values of tensors.
+
+    Those are put into `pairs`, each once however many blocks share them. Objects that may change are never alike.
+    """
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+            return False
+        pairs[id(one), id(other)] = one, other
+        return True
     if isinstance(one, Call):
-        return _alike(one.arguments, other.arguments) and _alike(one.keywords, other.keywords)
+        return _built_alike(one.arguments, other.arguments, pairs) and _built_alike(one.keywords, other.keywords, pairs)
     if type(one) is dict:
-        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(_built_alike(value, other[key], pairs) for key, value in one.items())
     if type(one) in (list, tuple):
-        return len(one) == len(other) and all(map(_alike, one, other))
+        return len(one) == len(other) and all(_built_alike(a, b, pairs) for a, b in zip(one, other, strict=True))
     return isinstance(one, int | float | str) and bool(one == other)

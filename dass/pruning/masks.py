@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dass.errors import DassError, require_finite
+from dass.errors import Answers, DassError, require_finite
 
 Axis = Literal["in", "out", "layer"]
 AXES: tuple[str, ...] = get_args(Axis)
@@ -72,7 +72,9 @@ class Mask:
     """If set, comparison groups end at multiples of this many columns (SparseGPT's unstructured groups)."""
 
 
-def select_mask(scores: Tensor, pattern: Pattern, axis: Axis, name: str = "a layer") -> Mask:
+def select_mask(
+    scores: Tensor, pattern: Pattern, axis: Axis, name: str = "a layer", later: Answers | None = None
+) -> Mask:
     """Keep the most important weights of every comparison group.
 
     Args:
@@ -80,13 +82,14 @@ def select_mask(scores: Tensor, pattern: Pattern, axis: Axis, name: str = "a lay
         pattern: how many survive.
         axis: `in`: a group is one row; `out`: one column; `layer`: the whole matrix (for N:M, see `Mask`).
         name: the layer's name, for errors.
+        later: see `require_finite`.
 
     Raises:
         DassError: a score is NaN or infinite, or M does not divide the group.
     """
     if axis not in AXES:
         raise DassError(f"The group axis of {name} is '{axis}': choose one of {', '.join(AXES)}.")
-    require_finite(scores, f"The importance scores of {name}")
+    require_finite(scores, f"The importance scores of {name}", later)
     if isinstance(pattern, NM):
         if axis == "layer":
             axis = "in"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dass.errors import DassError, require_finite
+from dass.errors import Answers, DassError, finite, require_all, require_finite
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, ROLES, Block, Projection
 from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import AXES, NM, Axis, Mask, Pattern, keep_most_important, select_mask
@@ -166,6 +166,8 @@ class BlockPruner:
     def prune(self, block: Block, streams: Streams) -> list[Pruned]:
         """Choose the masks of a block and set its weights, those of one input together.
 
+        The host waits for the device before a weight is changed and at the end, and once more for each Hessian.
+
         Raises:
             DassError: scores or new weights that are not finite, or a Hessian that cannot be factorised; names the
                 layer.
@@ -173,35 +175,52 @@ class BlockPruner:
         by_input: dict[str, list[Projection]] = {}
         for p in self.projections(block):
             by_input.setdefault(p.reads, []).append(p)
-        return [pruned for group in by_input.values() for pruned in self._prune_group(block, group, streams)]
+        before: Answers = []
+        after: Answers = []
+        chosen = []
+        for group in by_input.values():
+            statistics = self._statistics(block, group, streams, before)
+            chosen.append((group, statistics, [self._mask(p, statistics, before) for p in group]))
+        require_all(before)
+        pruned: list[Pruned] = []
+        while chosen:  # a factor of a Hessian goes with its group
+            pruned += self._update(*chosen.pop(0), after)
+        require_all(after)
+        return pruned
 
-    def _prune_group(self, block: Block, group: list[Projection], streams: Streams) -> list[Pruned]:
-        """Prune the projections that read one input; they share its statistics and its factorisation."""
+    def _mask(self, p: Projection, statistics: Statistics, answers: Answers) -> Mask | None:
+        """Which weights of a projection are kept; None where the update is to choose."""
+        method, weight = self.method, _accumulable(p.weight)
+        require_finite(weight, f"The weights of {p.name}", answers)
+        if method.chooses_while_sweeping(p.role):
+            return None
+        scores = self._importance(weight, self._own(p, statistics), p.role)
+        return select_mask(scores, method.pattern, method.axis_for(p.role), p.name, answers)
+
+    def _update(
+        self, group: list[Projection], statistics: Statistics, masks: list[Mask | None], answers: Answers
+    ) -> list[Pruned]:
+        """Set the weights of the projections that read one input; they share its statistics and its factorisation."""
         method, update = self.method, UPDATES.find(self.method.update)
-        names = " and ".join(p.name for p in group)
-        statistics = self._statistics(block, group, streams, names)
         rows = []
-        for p in group:
-            weight = _accumulable(p.weight)
-            require_finite(weight, f"The weights of {p.name}")
-            own = statistics.only(method.criterion_for(p.role).needs_for(p.role))
-            score = partial(self._importance, role=p.role)
-            mask = None
-            if not method.chooses_while_sweeping(p.role):
-                mask = select_mask(score(weight, statistics=own), method.pattern, method.axis_for(p.role), p.name)
-            choose = _choice(method, score, own, p.role)
-            rows.append(Rows(p.name, weight, method.pattern, method.axis_for(p.role), mask, choose))
+        for p, mask in zip(group, masks, strict=True):
+            choose = _choice(method, partial(self._importance, role=p.role), self._own(p, statistics), p.role)
+            weight, largest = _accumulable(p.weight), torch.finfo(p.weight.dtype).max
+            rows.append(Rows(p.name, weight, largest, method.pattern, method.axis_for(p.role), mask, choose))
         needs = {name for p in group for name in update.needs_for(p.role)}
         result = update.function(rows, statistics.only(needs), **method.parameters_of(update))
         inverse = next(iter(statistics.inverses.values()), None)
         damping = (inverse.damping, inverse.attempts) if inverse else (None, None)
         for p, (weight, _) in zip(group, result, strict=True):
             p.weight.copy_(weight)
-            require_finite(p.weight, f"The updated weights of {p.name}")
+            require_finite(weight, f"The updated weights of {p.name}", answers)
+            if weight.dtype != p.weight.dtype:
+                answers.append((_too_large(p), finite(p.weight)))
         return [Pruned(p, mask, *damping) for p, (_, mask) in zip(group, result, strict=True)]
 
-    def _statistics(self, block: Block, group: list[Projection], streams: Streams, names: str) -> Statistics:
+    def _statistics(self, block: Block, group: list[Projection], streams: Streams, answers: Answers) -> Statistics:
         """What the group's method may ask for."""
+        names = " and ".join(p.name for p in group)
         stream, unit = streams.get(group[0].reads), block.unit_of(group[0])
         seen = unit is not None and unit.intermediate in streams
         needs = {name for p in group for name in self.method.needs_for(p.role)}
@@ -214,8 +233,12 @@ class BlockPruner:
         )
         for name in ("input_norm", "intermediate_norm"):
             if statistics.has(name):
-                require_finite(getattr(statistics, name), f"The calibration statistics of {names} ({name})")
+                require_finite(getattr(statistics, name), f"The calibration statistics of {names} ({name})", answers)
         return statistics
+
+    def _own(self, p: Projection, statistics: Statistics) -> Statistics:
+        """The part that the criterion of a projection has declared."""
+        return statistics.only(self.method.criterion_for(p.role).needs_for(p.role))
 
     def _importance(self, weight: Tensor, statistics: Statistics, role: str) -> Tensor:
         entry = self.method.criterion_for(role)
@@ -237,6 +260,15 @@ def _choice(method: Method, score: Callable[..., Tensor], statistics: Statistics
         return keep_most_important(scores, method.pattern, method.axis_for(role))
 
     return choose
+
+
+def _too_large(p: Projection) -> DassError:
+    largest, dtype = torch.finfo(p.weight.dtype).max, str(p.weight.dtype).removeprefix("torch.")
+    return DassError(
+        f"The updated weights of {p.name} exceed {largest:g}, the largest that {dtype} holds: compute with "
+        f"model.dtype=bfloat16, or let the update obs clip them with method.clip=true.",
+        field="model.dtype",
+    )
 
 
 def _accumulable(weight: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Watch(TorchFunctionMode):
         for p in self._covered(weight):
             if x.ndim == 3 and weight.ndim == 3:  # all experts at once
                 for part in x if self.through is not None else (x[p.expert],):
-                    self.on_product(p, x, part[(part != 0).any(-1)])  # rows of zeros are tokens that went elsewhere
+                    self.on_product(p, x, part[(part != 0).any(-1)])  # zeros: went elsewhere; the host waits for them
             else:
                 self.on_product(p, x, x)
             down = down or p.role == "down"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dass.errors import DassError, require_finite
+from dass.errors import DassError, finite, require_finite
 
 HESSIAN_BLOCK = 256  # features; smaller blocks save more of the product's lower half, larger ones multiply faster
 DAMPING_ATTEMPTS = 4  # 1 %, 10 %, 100 % and 1000 % of the mean diagonal
@@ -141,7 +141,6 @@ def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
     Raises:
         DassError: the Hessian holds NaN or infinite values, or stays indefinite; names the layer.
     """
-    require_finite(hessian, f"The calibration statistics of {name}")
     dead = hessian.diagonal() == 0
     diagonal = hessian.diagonal() + dead
     for attempt in range(DAMPING_ATTEMPTS):
@@ -150,13 +149,12 @@ def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
         damped.diagonal().copy_(diagonal + share * diagonal.mean())
         # With J H J = L L^T (J reverses the order), R = J L J is upper triangular, H = R R^T, and U = R^-1.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if failed:
-            continue
         factor = torch.linalg.solve_triangular(
             lower.flip(0, 1), torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=True
         )
-        if torch.isfinite(factor).all():
+        if (failed == 0) & finite(factor) & finite(hessian):  # the host waits for the device once
             return DampedInverse(factor, dead, share, attempt + 1)
+        require_finite(hessian, f"The calibration statistics of {name}")
     raise DassError(
         f"The Hessian of {name} is not positive definite even with {share:.0%} damping: use more calibration tokens or "
         f"a larger damping.",

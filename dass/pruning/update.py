@@ -31,6 +31,8 @@ class Rows:
     name: str
     weight: Tensor
     """The dense weights, `(out_features, in_features)`, fp32 or fp64; not to be changed in place."""
+    largest: float
+    """The largest number that the model's dtype holds."""
     pattern: Pattern
     axis: Axis
     mask: Mask | None
@@ -47,7 +49,7 @@ def none(group: list[Rows], statistics: Statistics) -> list[tuple[Tensor, Mask]]
 
 @update("hessian", positive=("damping", "block_size"))
 def obs(
-    group: list[Rows], statistics: Statistics, damping: float = 0.01, block_size: int = 128
+    group: list[Rows], statistics: Statistics, damping: float = 0.01, block_size: int = 128, clip: bool = False
 ) -> list[tuple[Tensor, Mask]]:
     """W'_:j = W_:j - e U_ij / U_ii for each pruned column i < j, e its error (SparseGPT, arXiv 2301.00774).
 
@@ -55,11 +57,11 @@ def obs(
 
     damping: the share of the Hessian's mean diagonal that is added to it.
     block_size: columns of an unstructured comparison group that is chosen while sweeping.
+    clip: whether new weights that the model's dtype cannot hold become the largest that it can; else they are an error.
     """
     inverse = statistics.inverse(damping)
     pattern, sizes = group[0].pattern, [len(rows.weight) for rows in group]
-    stacked = torch.cat([rows.weight for rows in group])
-    stacked[:, inverse.dead] = 0
+    stacked = torch.cat([rows.weight for rows in group]).masked_fill_(inverse.dead, 0)
     # N:M along the inputs looks at one row at a time, so all rows of the stack can be looked at together
     row_by_row = isinstance(pattern, NM) and all(rows.mask is None and rows.axis != "out" for rows in group)
 
@@ -81,7 +83,7 @@ def obs(
             swept = Mask(kept, pattern, "in" if rows.axis == "layer" else rows.axis)
         else:
             swept = Mask(kept, pattern, rows.axis, column_block=choose_every)
-        result.append((weight, rows.mask or swept))
+        result.append((weight.clamp(-rows.largest, rows.largest) if clip else weight, rows.mask or swept))
     return result
 
 

@@ -18,7 +18,7 @@ from dass.manifests import read_manifest
 from dass.records import read_record
 from experiments import prune
 from experiments.app import CONF
-from experiments.resolve import check, resolve
+from experiments.resolve import check
 from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
 from report.kinds import KINDS
@@ -203,7 +203,7 @@ def test_methods_are_compared_and_the_model_stays_dense(setting, tmp_path):  # n
 def test_comparisons_that_mean_nothing_are_refused(setting, hydra, overrides, message):  # noqa: F811
     others = [o for o in setting if not o.startswith("evaluation.")]
     with pytest.raises(DassError, match=message):
-        resolve(compose("prune", [*others, *overrides]))
+        check(compose("prune", [*others, *overrides]))
 
 
 def test_the_composed_config_is_what_a_record_holds(setting, hydra, tmp_path):  # noqa: F811

@@ -27,7 +27,7 @@ from experiments import fingerprint as identities
 from experiments import outputs, plan, train_tiny  # noqa: F401  (their typed configs)
 from experiments import prune as app
 from experiments.app import CONF
-from experiments.resolve import resolve
+from experiments.resolve import check
 from tests.models import VOCABULARY, random_tokens, tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 
@@ -255,7 +255,7 @@ def test_other_layouts_end_to_end(setting, tmp_path, architecture):
 
 
 def identity(setting, *overrides):
-    return resolve(composed(*setting, *overrides)).run_id
+    return check(composed(*setting, *overrides)).run_id
 
 
 def test_identity_is_of_what_determines_the_result(setting, tmp_path):

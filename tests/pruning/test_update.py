@@ -1,5 +1,7 @@
 """The OBS solver against a plain column-by-column algorithm and an exact dense computation."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -68,13 +70,13 @@ def test_one_pruned_weight_is_exact_obs():
     torch.testing.assert_close(result[:, 1:], rest, rtol=1e-6, atol=1e-8)
 
 
-def sparsegpt_layer(pattern, axis, x, weights):
+def sparsegpt_layer(pattern, axis, x, weights, dtype=torch.float64, **parameters):
     """Prune gate and up of a real block through the method, with statistics of our choice."""
-    model = tiny_model(dtype=torch.float64)
+    model = tiny_model(dtype=dtype)
     block = find_blocks(model)[0]
     for role, weight in weights.items():
         block.units[0].projections[role].weight.copy_(weight)
-    method = Method("obs", dict.fromkeys(ROLES, axis), pattern, "obs", {"block_size": 16})
+    method = Method("obs", dict.fromkeys(ROLES, axis), pattern, "obs", {"block_size": 16, **parameters})
     pruner = BlockPruner(method, exclude="down_proj")
     streams = open_streams(block, pruner.needs(block))
     streams["mlp input"].add(x[None])
@@ -134,6 +136,23 @@ def test_weights_that_are_not_finite_name_the_layer(value):
     weights["gate"][2, 31] = value
     with pytest.raises(DassError, match=r"layers\.0\.mlp\.gate_proj"):
         sparsegpt_layer(NM(2, 4), "in", correlated(300, 32), weights)
+
+
+def test_new_weights_that_fp16_cannot_hold():
+    """Two features that are nearly one: the weight of the one that is pruned goes to the other, twice 60,000."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 16).repeat_interleave(2, dim=1) + 0.01 * torch.randn(300, 32)
+    weights = {"gate": torch.randn(64, 32), "up": torch.full((64, 32), 6e4)}
+    layer = partial(sparsegpt_layer, NM(2, 4), "in", x, weights)
+    with pytest.raises(
+        DassError, match=r"layers\.0\.mlp\.up_proj exceed 65504.*model\.dtype=bfloat16.*method\.clip=true"
+    ):
+        layer(torch.float16)
+    clipped, wide = layer(torch.float16, clip=True), layer(torch.bfloat16)
+    assert clipped["up"].projection.weight.max() == 65504 and wide["up"].projection.weight.max() > 1e5
+    for role in weights:
+        limited = wide[role].projection.weight.float().clamp(-65504, 65504)
+        torch.testing.assert_close(clipped[role].projection.weight.float(), limited, rtol=0.02, atol=0.02)
 
 
 def test_dead_inputs_weigh_as_in_the_original():

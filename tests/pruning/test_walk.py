@@ -162,6 +162,25 @@ def test_statistics_that_miss_tokens_are_no_statistics():
         prune_model(model, BlockPruner(DASS), random_tokens())
 
 
+@pytest.mark.parametrize(
+    ("role", "what"),
+    [("down", "weights of .*down_proj"), ("input", "statistics of .*gate_proj and")],
+)
+@torch.no_grad()
+def test_what_is_not_finite_is_named_before_a_weight_of_its_block_is_changed(role, what):
+    model = tiny_model()
+    block = find_blocks(model)[1]
+    if role == "input":
+        model.model.layers[1].post_attention_layernorm.weight[3] = torch.inf
+    else:
+        block.units[0].projections[role].weight[5, 7] = torch.nan
+    before = [p.weight.clone() for p in block.projections]
+    with pytest.raises(DassError, match=rf"The (calibration )?{what}.* hold NaN or infinite"):
+        prune_model(model, BlockPruner(WANDA), random_tokens())
+    for p, weight in zip(block.projections, before, strict=True):
+        torch.testing.assert_close(p.weight, weight, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision(dtype):
