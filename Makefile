@@ -56,8 +56,8 @@ tables: $(READY) ## rebuild all tables and figures of results/ and docs/reproduc
 train-tiny: $(READY) ## train the small models that table-glu-variants compares, where they are not there
 	$(BIN)/python -m experiments.train_tiny
 
-test: $(READY) ## the tests
-	$(BIN)/python -m pytest -m "not slow" --nbmake tests notebooks
+test: $(READY) ## the tests, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --nbmake tests notebooks
 
 test-slow: $(READY) ## all tests, with those that take minutes and download more
 	$(BIN)/python -m pytest --nbmake tests notebooks

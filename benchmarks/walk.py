@@ -9,16 +9,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.reference import loop_mask, reference_walk
 from dass.data.assets import packaged_model
@@ -33,33 +32,18 @@ from dass.pruning.statistics import damped_inverse
 from dass.pruning.update import obs_sweep
 from dass.pruning.walk import prune_model
 from dass.records import git_state, machine_description, package_versions, write_atomically
-from dass.stages import peak_resident_memory
+from dass.stages import Stages
 
 REPEATS = 2  # of each timing, interleaved; the fastest counts, since other programs only ever slow one down
 CALIBRATION = (32, 512)
+CPU = torch.device("cpu")
+Bound = Literal["at least", "at most"]
 ALONG_INPUTS: dict[str, Axis] = dict.fromkeys(("gate", "up", "down"), "in")
 METHODS = {
     "wanda": Method("wanda", ALONG_INPUTS, NM(2, 4)),
     "dass": Method("dass", ALONG_INPUTS | {"gate": "out", "up": "out"}, NM(2, 4)),
     "sparsegpt": Method("obs", ALONG_INPUTS, NM(2, 4), "obs"),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the result."""
-
-    quantity: str
-    measured: float
-    limit: float
-    at_least: bool
-    detail: str
-
-    def __str__(self) -> str:
-        """As a row of a Markdown table."""
-        met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
-        bound = f"{'at least' if self.at_least else 'at most'} {self.limit:g}"
-        return f"| {self.quantity} | {self.measured:.4g} | {bound} | {'yes' if met else '**no**'} | {self.detail} |"
 
 
 def main() -> None:
@@ -72,60 +56,60 @@ def main() -> None:
     device = torch.device("cuda" if gpu else "cpu")
     rows = gpu_rows() if gpu else [*walk_rows(), *mask_rows(), solver_row(), memory_row()]
     machine, versions, git = machine_description(device), package_versions(), git_state()
-    lines = [
-        f"# Benchmark on {machine['gpu'] or machine['cpu']}",
-        "",
-        f"Command `python -m benchmarks.walk{' --gpu' if gpu else ''}`; commit {git['commit']}"
-        f"{' with local changes' if git['dirty'] else ''}; {machine['threads']} threads, {machine['memory_gb']} GB; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}. Timings are the best of {REPEATS}.",
-        "",
-        "| quantity | measured | limit | met | detail |",
-        "|---|---:|---:|---|---|",
-        *map(str, rows),
-    ]
-    text = "\n".join(lines) + "\n"
+    text = f"""# Benchmark on {machine["gpu"] or machine["cpu"]}
+
+Command `python -m benchmarks.walk{" --gpu" if gpu else ""}`; commit {git["commit"]}\
+{" with local changes" if git["dirty"] else ""}; {machine["threads"]} threads, {machine["memory_gb"]} GB; \
+torch {versions["torch"]}, transformers {versions["transformers"]}. Timings are the best of {REPEATS}.
+
+| quantity | measured | limit | met | detail |
+|---|---:|---:|---|---|
+"""
+    text += "".join(f"{one}\n" for one in rows)
     print(text)
     write_atomically(Path("results") / ("benchmark_gpu.md" if gpu else "benchmark.md"), text)
 
 
-def ratio(quantity: str, best: dict[str, float], over: str, under: str, limit: float, detail: str, least: bool) -> Row:
-    """A row of the quotient of two timings, with both in its detail."""
-    return Row(quantity, best[over] / best[under], limit, least, f"{best[over]:.3g} s / {best[under]:.3g} s; {detail}")
+def row(quantity: str, measured: float, bound: Bound, limit: float, detail: str) -> str:
+    """A row of the Markdown table."""
+    met = measured >= limit if bound == "at least" else measured <= limit
+    return f"| {quantity} | {measured:.4g} | {bound} {limit:g} | {'yes' if met else '**no**'} | {detail} |"
 
 
-def fastest(timings: dict[str, Callable[[], float]], repeats: int = REPEATS) -> dict[str, float]:
-    """The fastest of several runs of each, interleaved so that a slow spell of the machine hits all alike."""
-    best = dict.fromkeys(timings, float("inf"))
-    for _ in range(repeats):
-        for name, timing in timings.items():
-            best[name] = min(best[name], timing())
-            print(f"{name}: {best[name]:.3f} s", file=sys.stderr, flush=True)
+def ratio(quantity: str, over: float, under: float, bound: Bound, limit: float, detail: str) -> str:
+    """The row of the quotient of two timings, with both in its detail."""
+    return row(quantity, over / under, bound, limit, f"{over:.3g} s / {under:.3g} s; {detail}")
+
+
+def fastest(
+    names: Iterable[str], prepare: Callable[[str], Callable[[], object]], device: torch.device, repeats: int = REPEATS
+) -> dict[str, dict[str, Any]]:
+    """The fastest of several runs of each piece of work, see `Stages`; interleaved: a slow spell hits all alike.
+
+    Args:
+        prepare: makes what is needed for the work of a name, and returns the work that is timed.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for name in list(names) * repeats:
+        work, stages = prepare(name), Stages(device)
+        with stages.measure(name):
+            work()
+        run = stages.as_dict()[name]
+        best[name] = min(best.get(name, run), run, key=lambda stage: stage["seconds"])
+        print(f"{name}: {best[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
     return best
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of some work."""
-    started = _now()
-    work()
-    return _now() - started
-
-
-def _now() -> float:
-    """The time once a GPU has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-@torch.no_grad()
-def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> float:
-    """Seconds of the forward work that a walk over a LLaMA-like model cannot do without.
+def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> Callable[[], None]:
+    """The forward work that a walk over a LLaMA-like model cannot do without.
 
     Per block: attention once, gate and up once dense, the pruned MLP once (not behind the last block).
     """
     blocks = find_blocks(model)
-    activations = enter_first_block(model, blocks, input_ids, batch_size)
+    with torch.no_grad():
+        activations = enter_first_block(model, blocks, input_ids, batch_size)
 
+    @torch.no_grad()
     def work() -> None:
         for index, block in enumerate(blocks):
             module, mlp = block.module, block.module.mlp
@@ -139,77 +123,73 @@ def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -
                 for i, hidden in enumerate(activations.batches):
                     activations.batches[i] = hidden + mlp(module.post_attention_layernorm(hidden))
 
-    return seconds(work)
+    return work
 
 
 def time_walks(
     fresh: Callable[[], PreTrainedModel], input_ids: Tensor, with_reference: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of the needed forward work, of our walk and of the reference's; and our memory in words, by method."""
-    size = batch_size_for(fresh(), input_ids.shape[1])
-    memory: dict[str, str] = {}
+    device, size = fresh().device, batch_size_for(fresh(), input_ids.shape[1])
 
-    def ours(name: str) -> float:
-        model = fresh()
-        on_gpu = model.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        with peak_resident_memory() as host:
-            taken = seconds(lambda: prune_model(model, BlockPruner(METHODS[name]), input_ids, size))
-        device = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the device, " if on_gpu else ""
-        memory[name] = f"peak {device}{host[0] / 1e9:.1f} GB on the host, batches of {size}"
-        return taken
+    def prepare(name: str) -> Callable[[], object]:
+        if name == "forward":
+            return needed_forward(fresh(), input_ids, size)
+        if name in METHODS:
+            return partial(prune_model, fresh(), BlockPruner(METHODS[name]), input_ids, size)
+        return partial(reference_walk, fresh(), input_ids, name.removeprefix("reference "), 2, 4)
 
-    def reference(name: str) -> float:
-        model = fresh()
-        return seconds(lambda: reference_walk(model, input_ids, name, 2, 4))
-
-    timings: dict[str, Callable[[], float]] = {"forward": lambda: needed_forward(fresh(), input_ids, size)}
-    timings |= {name: partial(ours, name) for name in METHODS}
-    timings |= {f"reference {name}": partial(reference, name) for name in METHODS if with_reference}
-    return fastest(timings), memory
+    best = fastest(["forward", *METHODS, *(f"reference {name}" for name in METHODS if with_reference)], prepare, device)
+    memory = {}
+    for name in METHODS:
+        gpu = best[name]["peak_gpu_memory_gb"]
+        on_device = f"{gpu:.1f} GB on the device, " if gpu is not None else ""
+        memory[name] = f"peak {on_device}{best[name]['peak_memory_gb']:.1f} GB on the host, batches of {size}"
+    return {name: stage["seconds"] for name, stage in best.items()}, memory
 
 
-def walk_rows() -> list[Row]:
+def walk_rows() -> list[str]:
     """Our walk against the needed forward work and against the reference's walk, on SmolLM2 at 2:4."""
-    source = str(packaged_model("smollm2_135m"))
-    tokens = calibration_tokens(
-        "packaged_c4", load_tokenizer(source, None), None, *CALIBRATION, seed=0, bos="tokenizer", join=True
-    )
-    best, memory = time_walks(partial(load, source), tokens, with_reference=True)
+    tokenizer = load_tokenizer(str(packaged_model("smollm2_135m")), None)
+    tokens = calibration_tokens("packaged_c4", tokenizer, None, *CALIBRATION, seed=0, bos="tokenizer", join=True)
+    best, memory = time_walks(smollm2, tokens, with_reference=True)
     detail = f"SmolLM2-135M, fp32, 2:4, {CALIBRATION[0]} x {CALIBRATION[1]} tokens"
     return forward_rows(best, 1.10, {name: f"{detail}; {memory[name]}" for name in METHODS}) + [
-        ratio(f"{name}: reference walk / ours", best, f"reference {name}", name, 1.4, detail, True) for name in METHODS
+        ratio(f"{name}: reference walk / ours", best[f"reference {name}"], best[name], "at least", 1.4, detail)
+        for name in METHODS
     ]
 
 
-def forward_rows(best: dict[str, float], limit: float, details: dict[str, str]) -> list[Row]:
+def forward_rows(best: dict[str, float], limit: float, details: dict[str, str]) -> list[str]:
     """Our walk against the needed forward work, for the methods that do little else."""
-    quantity = "pruning time / forward work needed"
-    return [ratio(f"{n}: {quantity}", best, n, "forward", limit, details[n], False) for n in ("wanda", "dass")]
+    return [
+        ratio(
+            f"{name}: pruning time / forward work needed", best[name], best["forward"], "at most", limit, details[name]
+        )
+        for name in ("wanda", "dass")
+    ]
 
 
-def load(source: str) -> PreTrainedModel:
+def smollm2() -> PreTrainedModel:
     """A fresh SmolLM2."""
-    return load_model(source, None, "float32", torch.device("cpu"))
+    return load_model(str(packaged_model("smollm2_135m")), None, "float32", CPU)
 
 
-def mask_rows() -> list[Row]:
+def mask_rows() -> list[str]:
     """Mask selection on a LLaMA2-7B gate projection against the loop."""
     scores = torch.rand(11008, 4096, generator=torch.Generator().manual_seed(0))
     axes: tuple[Axis, ...] = ("in", "out")
     rows = []
     for pattern, axis in product((NM(2, 4), NM(4, 8)), axes):
-        groups = scores if axis == "in" else scores.T
-        loop = partial(seconds, partial(loop_mask, groups, pattern.n, pattern.m))
-        ours = partial(seconds, partial(select_mask, scores, pattern, axis))
-        best = fastest({"loop": loop, "ours": ours}, repeats=5)
+        loop = partial(loop_mask, scores if axis == "in" else scores.T, pattern.n, pattern.m)
+        works = {"loop": loop, "ours": partial(select_mask, scores, pattern, axis)}
+        best = fastest(works, works.__getitem__, CPU, repeats=5)
         quantity = f"mask selection {pattern} along '{axis}': loop / ours"
-        rows.append(ratio(quantity, best, "loop", "ours", 1.8, "11008 x 4096", True))
+        rows.append(ratio(quantity, best["loop"]["seconds"], best["ours"]["seconds"], "at least", 1.8, "11008 x 4096"))
     return rows
 
 
-def solver_row() -> Row:
+def solver_row() -> str:
     """The OBS solver in fp32 against the plain column-by-column algorithm in fp64."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(512, 512, generator=generator, dtype=torch.float64)
@@ -226,12 +206,13 @@ def solver_row() -> Row:
     factor32 = damped_inverse(hessian.float(), 0.01, "a layer").factor
     ours, _ = obs_sweep(weight.float(), factor32, lambda columns, _: keep[:, columns], 128)
     error = ((ours - plain).norm() / plain.norm()).item()
-    return Row("SparseGPT solver: relative difference to column by column", error, 1e-4, False, "fp32 against fp64")
+    quantity = "SparseGPT solver: relative difference to column by column"
+    return row(quantity, error, "at most", 1e-4, "fp32 against fp64")
 
 
-def memory_row() -> Row:
+def memory_row() -> str:
     """Peak resident memory of a whole run in a process of its own, beyond the model's size."""
-    size = parameter_bytes(load(str(packaged_model("smollm2_135m")))) / 1e9
+    size = parameter_bytes(smollm2()) / 1e9
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"results_dir={folder}", "calibration.n_sequences=128", "calibration.seq_len=512"]
         command = [sys.executable, "-m", "experiments.prune", "tracking=none", "evaluation.n_windows=4", *settings]
@@ -241,26 +222,23 @@ def memory_row() -> Row:
         raise DassError("The run whose memory was to be measured failed: see its message above.")
     peak = usage.ru_maxrss * 1024 / 1e9
     detail = f"{peak:.2f} GB at the peak, {size:.2f} GB of weights; SparseGPT, 128 x 512 tokens, Python and all"
-    return Row("peak memory of a run - model's size, GB", peak - size, 1.0, False, detail)
+    return row("peak memory of a run - model's size, GB", peak - size, "at most", 1.0, detail)
 
 
-def gpu_rows() -> list[Row]:
+def gpu_rows() -> list[str]:
     """DaSS, Wanda and SparseGPT on a random model of LLaMA2-7B's shape in bf16, 128 x 2048 tokens."""
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
 
     def fresh() -> PreTrainedModel:
-        torch.set_default_dtype(torch.bfloat16)
         with torch.device("cuda"):
-            model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-        return model.eval().requires_grad_(False)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
 
     input_ids = torch.randint(0, 32000, (128, 2048), generator=torch.Generator().manual_seed(0))
     best, memory = time_walks(fresh, input_ids, with_reference=False)
     limits = {"wanda": 60, "dass": 60, "sparsegpt": 180}
-    seconds_rows = [Row(f"{name}: seconds", best[name], limits[name], False, memory[name]) for name in METHODS]
+    seconds_rows = [row(f"{name}: seconds", best[name], "at most", limits[name], memory[name]) for name in METHODS]
     return forward_rows(best, 1.15, memory) + seconds_rows
 
 

@@ -105,10 +105,7 @@ def source_licence(source: str, revision: str | None) -> str | None:
 def round_to(model: PreTrainedModel, dtype: str) -> None:
     """Round every weight in place to what `save_model` will write, so that what is scored is what is saved.
 
-    The dtype in which the model computes stays.
-
-    Raises:
-        DassError: a weight is too large for the dtype.
+    The dtype in which the model computes stays. DassError where a weight is too large for the other.
     """
     for name, tensor, target in _stored(model, dtype):
         if tensor.dtype != target and tensor.numel():
@@ -135,8 +132,7 @@ def save_model(
         card: the text of its README.md.
         fingerprint: of the run.
         dtype: one of `DTYPES`, of the saved weights; what the model's class keeps in fp32 remains so.
-        source: the hub id or folder that the model comes from; its files beside the weights are copied.
-        revision: of the source.
+        source, revision: the hub id or folder that the model comes from; its files beside the weights are copied.
         tokenizer: to be saved where the source has none.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dass.errors import DassError
+from dass.errors import DassError, told
 from dass.pruning.blocks import Block, Projection, mlp_matrices
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Mask, Unstructured, verify_mask
@@ -28,16 +29,15 @@ def sparsity_report(model: nn.Module, blocks: list[Block], targeted: list[Projec
         projections (`targeted`), in all MLPs of the blocks (`mlp`), in all linear layers and experts but the head
         (`linear`), in all parameters (`total`).
     """
-    projections = {}
-    for p in targeted:
-        weights, zeros = p.weight.numel(), _zeros(p.weight)
-        projections[p.name] = {"role": p.role, "weights": weights, "zeros": zeros, "sparsity": zeros / weights}
+    wholes = {
+        "targeted": [p.weight for p in targeted],
+        "mlp": mlp_matrices(blocks),
+        "linear": linear_weights(model),
+        "total": list(model.parameters()),
+    }
     return {
-        "projections": projections,
-        "targeted": _share([p.weight for p in targeted]),
-        "mlp": _share(mlp_matrices(blocks)),
-        "linear": _share(linear_weights(model)),
-        "total": _share(list(model.parameters())),
+        "projections": {p.name: {"role": p.role, **_zeros([p.weight])} for p in targeted},
+        **{name: _zeros(weights)["sparsity"] for name, weights in wholes.items()},
     }
 
 
@@ -53,13 +53,10 @@ def linear_weights(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def _zeros(weight: Tensor) -> int:
-    return weight.numel() - int(torch.count_nonzero(weight))
-
-
-def _share(weights: list[Tensor]) -> float:
-    total = sum(w.numel() for w in weights)
-    return sum(map(_zeros, weights)) / total if total else 0.0
+def _zeros(matrices: list[Tensor]) -> dict[str, Any]:
+    weights = sum(matrix.numel() for matrix in matrices)
+    zeros = weights - sum(int(torch.count_nonzero(matrix)) for matrix in matrices)
+    return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights if weights else 0.0}
 
 
 class PackedMasks:
@@ -73,11 +70,10 @@ class PackedMasks:
     def add(self, name: str, mask: Mask) -> None:
         """Pack the mask of the projection `name`."""
         self.bits[name] = torch.from_numpy(np.packbits(mask.keep.cpu().numpy(), axis=None))
-        pattern = {"ratio": mask.pattern.ratio} if isinstance(mask.pattern, Unstructured) else vars(mask.pattern)
         self.about[name] = {
             "shape": list(mask.keep.shape),
             "axis": mask.axis,
-            "pattern": dict(pattern),
+            "pattern": asdict(mask.pattern),
             "column_block": mask.column_block,
         }
 
@@ -99,19 +95,19 @@ def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
     Raises:
         DassError: no such file, not such a file, or a mask that breaks its own pattern.
     """
-    path = folder / MASKS_FILE
-    masks = {}
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata()
-            provenance, about = json.loads(metadata["provenance"]), json.loads(metadata["masks"])
-            for name, facts in about.items():
-                rows, columns = facts["shape"]
-                bits = np.unpackbits(file.get_tensor(name), count=rows * columns).reshape(rows, columns)
-                pattern = Unstructured(**facts["pattern"]) if "ratio" in facts["pattern"] else NM(**facts["pattern"])
-                masks[name] = Mask(torch.from_numpy(bits.astype(bool)), pattern, facts["axis"], facts["column_block"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DassError(f"{path} is not a file of masks ({error}): write one with `masks=DIR`.") from error
+    path, masks = folder / MASKS_FILE, {}
+    kinds = (OSError, SafetensorError, KeyError, TypeError, ValueError)
+    with (
+        told(f"{path} is not a file of masks", "write one with `masks=DIR`", *kinds),
+        safe_open(path, framework="np") as file,
+    ):
+        metadata = file.metadata()
+        provenance, about = json.loads(metadata["provenance"]), json.loads(metadata["masks"])
+        for name, facts in about.items():
+            rows, columns = facts["shape"]
+            bits = np.unpackbits(file.get_tensor(name), count=rows * columns).reshape(rows, columns)
+            pattern = (Unstructured if "ratio" in facts["pattern"] else NM)(**facts["pattern"])
+            masks[name] = Mask(torch.from_numpy(bits.astype(bool)), pattern, facts["axis"], facts["column_block"])
     for name, mask in masks.items():
         verify_mask(mask, name)
     return masks, provenance
@@ -127,12 +123,9 @@ def apply_masks(model: nn.Module, masks: dict[str, Mask], projections: Mapping[s
     Raises:
         DassError: a mask has no projection of its name and shape in this model.
     """
-    found = {p.name: p for block in find_blocks(model, projections) for p in block.projections}
+    found = {p.name: p.weight for block in find_blocks(model, projections) for p in block.projections}
     for name, mask in masks.items():
-        if name not in found or found[name].weight.shape != mask.keep.shape:
-            raise DassError(
-                f"The mask {name} {tuple(mask.keep.shape)} fits no projection of this model: load its own."
-            )
+        if name not in found or found[name].shape != mask.keep.shape:
+            raise DassError(f"The mask {name} {tuple(mask.keep.shape)} fits no projection of this model: load its own.")
     for name, mask in masks.items():
-        weight = found[name].weight
-        weight.masked_fill_(~mask.keep.to(weight.device), 0)
+        found[name].masked_fill_(~mask.keep.to(found[name].device), 0)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,13 @@ SAMPLING_SECONDS = 0.02
 STATM = Path("/proc/self/statm")
 
 
-@dataclass
-class Stage:
-    """What one stage took. Memory in GB (10^9 bytes): resident on the host, allocated on the GPU."""
-
-    seconds: float
-    peak_memory_gb: float
-    peak_gpu_memory_gb: float | None
-
-
 class Stages:
-    """The stages of one run by name."""
+    """The stages of one run by name: seconds and peak memory in GB (10^9 bytes), resident and on the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         """`device`: its memory is measured too if it is a GPU."""
         self.device = device
-        self.measured: dict[str, Stage] = {}
+        self._measured: dict[str, dict[str, float | None]] = {}
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -45,12 +35,15 @@ class Stages:
             yield
             if on_gpu:
                 torch.cuda.synchronize(self.device)
-        gpu = torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None
-        self.measured[name] = Stage(round(time.perf_counter() - started, 3), peak[0] / 1e9, gpu)
+        self._measured[name] = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_gb": peak[0] / 1e9,
+            "peak_gpu_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
-        return {name: asdict(stage) for name, stage in self.measured.items()}
+        return dict(self._measured)
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def track(name: str, project: str, group: str, run_id: str, folder: str, config:
         raise DassError(f"The tracking {name} is unknown: choose wandb or none.", field="tracking.name")
     import wandb
 
-    kept = {"mode": "disabled"} if name == "none" else {"mode": os.environ.get("WANDB_MODE") or "offline", "dir": folder}
+    mode = os.environ.get("WANDB_MODE") or "offline"
+    kept = {"mode": "disabled"} if name == "none" else {"mode": mode, "dir": folder}
     try:
         if name == "wandb":
             os.makedirs(folder, exist_ok=True)

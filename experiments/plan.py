@@ -26,7 +26,6 @@ from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig,
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "dass")
 WIKITEXT2_TOKENS = 341_469  # of its test split by LLaMA-2's tokenizer: 166 windows of 2048; others give other numbers
-STAGE_HEADERS = ("Method", "Stage", "Operations", "Memory traffic", "Time", "Peak memory", "Fits")
 
 
 @dataclass
@@ -53,7 +52,10 @@ ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 def main(config: DictConfig) -> None:
     """Print the plan of a composed config; DassError where a value or combination means nothing."""
     typed: PlanConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
-    device = find_device(typed)
+    if typed.device not in DEVICES:
+        raise unknown("The device", typed.device, DEVICES, "device")
+    given = {name: getattr(typed, name) for name in ("efficiency", "launch_us", "disk_gb_s")}
+    device = replace(DEVICES[typed.device], **{name: value for name, value in given.items() if value is not None})
     pruners = pruners_of(PruneConfig(method={"methods": list(METHODS)}, sparsity=typed.sparsity, targets=typed.targets))
     calibration = typed.calibration
     if calibration.n_sequences is None or calibration.seq_len is None:
@@ -68,23 +70,16 @@ def main(config: DictConfig) -> None:
     shared = [plan_load(model, work)]
     if windows is not None:
         shared.append(plan_evaluation(model, work, *windows))
-
-    def row(method: str, name: str, *stages: Stage) -> list[str]:
-        time = sum(stage.seconds(device, typed.dtype) for stage in stages)
-        flops, moved = sum(stage.flops for stage in stages), sum(stage.moved_bytes for stage in stages)
-        peak = max(stage.peak_bytes for stage in stages) / 1e9
-        count = math.ceil(peak / device.memory_gb)
-        fits = "yes" if count == 1 else f"no: {count} x {device.name} or offload"
-        return [method, name, _operations(flops), f"{moved / 1e9:,.0f} GB", _time(time), f"{peak:,.1f} GB", fits]
-
-    rows = [row("each", stage.name, stage) for stage in shared]
+    stages = [stage_row("each", stage.name, [stage], device, work) for stage in shared]
     for name, pruner in pruners.items():
         own = plan_pruning(model, pruner, work)
-        rows += [*(row(name, stage.name, stage) for stage in own), row(name, "whole run", *shared, *own)]
+        stages += [stage_row(name, stage.name, [stage], device, work) for stage in own]
+        stages.append(stage_row(name, "whole run", [*shared, *own], device, work))
+
     print(f"# {typed.model.name}, {typed.dtype}, on {device.name}: an estimate\n")
-    for rows_of, headers in (parameter_rows(model), removal_rows(model, pruners["wanda"]), (rows, STAGE_HEADERS)):
-        aligned = ["left" if header in ("Method", "Stage") or not i else "right" for i, header in enumerate(headers)]
-        print(tabulate(rows_of, headers, "pipe", disable_numparse=True, colalign=aligned), "\n")
+    for rows in (parameter_rows(model), removal_rows(model, pruners["wanda"]), stages):
+        aligned = ["left" if key in ("Method", "Stage") or not i else "right" for i, key in enumerate(rows[0])]
+        print(tabulate(rows, "keys", "pipe", disable_numparse=True, colalign=aligned), "\n")
     print("\n".join(f"- {note}" for note in notes(model, device, work, typed.evaluation, windows)))
 
 
@@ -95,14 +90,6 @@ def transformers_config(model: ModelConfig) -> Any:
     config = config_from(model.architecture) if model.architecture else load_config(source_of(model), model.revision)
     require_supported(config)
     return config
-
-
-def find_device(config: PlanConfig) -> Device:
-    """The device that a config names, with the estimates that it gives; DassError lists those that there are."""
-    if config.device not in DEVICES:
-        raise unknown("The device", config.device, DEVICES, "device")
-    given = {name: getattr(config, name) for name in ("efficiency", "launch_us", "disk_gb_s")}
-    return replace(DEVICES[config.device], **{name: value for name, value in given.items() if value is not None})
 
 
 def evaluation_size(evaluation: EvaluationConfig) -> tuple[int, int] | None:
@@ -118,20 +105,37 @@ def evaluation_size(evaluation: EvaluationConfig) -> tuple[int, int] | None:
     return WIKITEXT2_TOKENS // max(evaluation.seq_len, 1), evaluation.seq_len
 
 
-def parameter_rows(model: Architecture) -> tuple[list[list[str]], tuple[str, ...]]:
-    """Parameters by role, and the headers."""
+def parameter_rows(model: Architecture) -> list[dict[str, str]]:
+    """Parameters by role."""
     counts = model.parameters | {"all": model.total}
-    rows = [[role, f"{count:,}", f"{count / model.total:.1%}"] for role, count in counts.items()]
-    return rows, ("Role", "Parameters", "Share")
+    return [{"Role": role, "Parameters": f"{n:,}", "Share": f"{n / model.total:.1%}"} for role, n in counts.items()]
 
 
-def removal_rows(model: Architecture, pruner: BlockPruner) -> tuple[list[list[str]], tuple[str, ...]]:
-    """What the pattern removes of the targeted weights, of the linear layers', of all parameters; and the headers."""
+def removal_rows(model: Architecture, pruner: BlockPruner) -> list[dict[str, str]]:
+    """What the pattern removes of the targeted weights, of the linear layers', of all parameters."""
     targeted, pattern = targeted_weights(model, pruner), pruner.method.pattern
-    removed = share_removed(pattern) * targeted
+    removed, title = share_removed(pattern) * targeted, f"{pattern} on {pruner.targets} removes"
     wholes = {"targeted": targeted, "linear layers but the head": model.linear, "all": model.total}
-    rows = [[of, f"{whole:,}", f"{removed / whole:.1%}"] for of, whole in wholes.items()]
-    return rows, (f"{pattern} on {pruner.targets} removes", "Weights", "Share removed")
+    return [{title: of, "Weights": f"{n:,}", "Share removed": f"{removed / n:.1%}"} for of, n in wholes.items()]
+
+
+def stage_row(method: str, name: str, stages: list[Stage], device: Device, work: Workload) -> dict[str, str]:
+    """What some stages take, one after the other."""
+    flops, seconds = sum(stage.flops for stage in stages), sum(stage.seconds(device, work.dtype) for stage in stages)
+    peak = max(stage.peak_bytes for stage in stages) / 1e9
+    count = math.ceil(peak / device.memory_gb)
+    time = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 120:
+        time = f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return {
+        "Method": method,
+        "Stage": name,
+        "Operations": f"{flops / 1e12:,.3g} TFLOP" if flops < 1e15 else f"{flops / 1e15:,.1f} PFLOP",
+        "Memory traffic": f"{sum(stage.moved_bytes for stage in stages) / 1e9:,.0f} GB",
+        "Time": time,
+        "Peak memory": f"{peak:,.1f} GB",
+        "Fits": "yes" if count == 1 else f"no: {count} x {device.name} or offload",
+    }
 
 
 def notes(
@@ -159,16 +163,6 @@ def notes(
             "too few tokens are run on all of them once more is not counted."
         )
     return found
-
-
-def _operations(flops: float) -> str:
-    return f"{flops / 1e12:,.3g} TFLOP" if flops < 1e15 else f"{flops / 1e15:,.1f} PFLOP"
-
-
-def _time(value: float) -> str:
-    if value < 120:
-        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
 if __name__ == "__main__":

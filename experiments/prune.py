@@ -53,10 +53,10 @@ Log = Callable[[dict[str, float]], None]
 
 def main(config: DictConfig) -> str | None:
     """Run what the composed config says, unless its record exists; returns the run's identity."""
-    if config.get("dry_run"):
-        print(dry_run(config))
-        return None
     plan = check(config)
+    if plan.config.dry_run:
+        print(dry_run(plan))
+        return None
     results_dir = Path(plan.config.results_dir)
     for folder in (results_dir, plan.config.save_model, plan.config.masks):
         if folder is not None:
@@ -73,12 +73,11 @@ def main(config: DictConfig) -> str | None:
     return plan.run_id
 
 
-def dry_run(config: DictConfig) -> str:
+def dry_run(plan: Plan) -> str:
     """A run in one line: its identity, what it is, and what it would load.
 
     Where the identity hangs on a model that is not there (its dtype, its trained weights), the line says so.
     """
-    plan = check(config)
     try:
         run_id = plan.run_id
     except DassError as error:
@@ -102,13 +101,8 @@ def is_done(plan: Plan) -> bool:
 
 
 def run_and_record(plan: Plan, label: str) -> None:
-    """Run, write the record, tell the tracker, and print the outcome in one line.
-
-    Raises:
-        Exception: what saving or evaluating raised, once all that was measured is recorded.
-    """
-    tracking = plan.config.tracking
-    with track(tracking.name, tracking.project, tracking.group, plan.run_id, tracking.folder, plan.composed) as mirror:
+    """Run, record what was measured, print the outcome in one line; then raise what saving or evaluating raised."""
+    with track(**vars(plan.config.tracking), run_id=plan.run_id, config=plan.composed) as mirror:
         record, problems = run(plan, mirror.log)
         path = write_record(Path(plan.config.results_dir), record)
         log_record(mirror, record)
@@ -254,7 +248,6 @@ def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, 
 
 def note(walked: Walked, step: Step, pruned: list[Pruned], keep_masks: bool) -> float:
     """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
-    zeros = weights = 0
     walked.rare |= step.rare
     for one in pruned:
         mask, name = one.mask, one.projection.name
@@ -263,9 +256,8 @@ def note(walked: Walked, step: Step, pruned: list[Pruned], keep_masks: bool) -> 
             walked.projections[name] |= {"damping": one.damping, "damping_attempts": one.damping_attempts}
         if keep_masks:
             walked.masks.add(name, mask)
-        zeros += mask.keep.numel() - int(mask.keep.sum())
-        weights += mask.keep.numel()
-    return zeros / max(weights, 1)
+    kept = sum((one.mask.keep.sum() for one in pruned), torch.tensor(0))  # the host waits for the device once
+    return 1 - int(kept) / max(sum(one.mask.keep.numel() for one in pruned), 1) if pruned else 0.0
 
 
 if __name__ == "__main__":

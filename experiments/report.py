@@ -1,27 +1,30 @@
 """Rebuild tables, figures and pages from files alone: manifests, run records, published numbers.
 
 python -m experiments.report experiment=table1_perplexity scale=small   one experiment, whose missing runs are named
-python -m experiments.report experiment=all                             all of them at that scale, and the pages
+python -m experiments.report experiment=all                             all of them at that scale
 python -m experiments.report manifest=FILE                              a restricted or changed sweep
 python -m experiments.report records=DIR output=DIR [reference=DIR]     whatever lies in a folder, and what it lacks
+python -m experiments.report page=NAME.template.md                      a page whose numbers come from the records
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
+from omegaconf import OmegaConf
 
 from dass.errors import DassError
 from dass.manifests import FOLDER, Manifest, read_manifest, read_manifests
+from dass.names import unknown
 from dass.records import read_records, write_atomically
 from dass.tracking import log_report, track
-from experiments.cli import run_cli
+from experiments.app import sentence, typed
 from report.figures import write_figure
 from report.grid import to_latex, to_markdown
-from report.kinds import Material, Report, find_kind
+from report.kinds import Material, find_kind
 from report.page import page_path, render_page
-from report.perplexity import comparison
-from report.published import read_published
+from report.rows import comparison, read_published
 from report.runs import Run, planned_runs, runs_of
 
 
@@ -40,6 +43,16 @@ class ReportConfig:
     log_to: str = "none"  # or wandb: log tables and figures into the experiment's group
 
 
+def settings_of(arguments: list[str]) -> ReportConfig:
+    """The settings that `key=value` arguments give; DassError on a word without `=`, an unknown key or a wrong type."""
+    known = [field.name for field in fields(ReportConfig)]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals or key not in known:
+            raise unknown("The setting", key, known)
+    return typed(ReportConfig, OmegaConf.from_cli(arguments))
+
+
 def report(config: ReportConfig) -> None:
     """Write the tables and figures that the settings ask for, and print the tables.
 
@@ -50,33 +63,24 @@ def report(config: ReportConfig) -> None:
     runs = runs_of(read_records(folder))
     if not runs:
         raise DassError(f"No usable record in {folder}: run `python -m experiments.prune` first.")
-    published = read_published(Path(config.published))
     if config.page is not None:
         template = Path(config.page)
         write_atomically(page_path(template), render_page(template, runs, read_manifests(folder)))
-        return
-    if config.experiment is None and config.manifest is None:
-        _report_folder(config, folder, runs, published)
-        return
-    without = []
-    for manifest in _manifests(config, folder):
-        planned = planned_runs(manifest, runs)
-        if all(run.why for run in planned):
-            without.append(manifest.name)
-            continue
-        made = find_kind(manifest.report)(Material(planned, published))
-        name = manifest.name.removesuffix("-small")
-        figures = _write(made, Path(config.output), name)
-        print(f"{name}: {_counted(planned)}; {config.output}/tables/{name}.md")
-        if config.experiment != "all":
-            print("\n" + to_markdown(made.grids))
-        if config.log_to != "none":
-            group = manifest.experiment or manifest.name
-            with track(config.log_to, "dass", group, f"report-{name}", "outputs", {"scale": manifest.scale}) as mirror:
-                log_report(mirror, name, made.frame, [path for path in figures if path.suffix == ".png"])
-        _compare(config, planned)
-    if without:
-        raise DassError(f"No run of {', '.join(without)} has a result in {folder}: launch the sweep first.")
+    elif config.experiment is None and config.manifest is None:
+        _report_folder(config, folder, runs)
+    else:
+        without = [one.name for one in _manifests(config, folder) if not _report_sweep(config, one, runs)]
+        if without:
+            raise DassError(f"No run of {', '.join(without)} has a result in {folder}: launch the sweep first.")
+
+
+def main(arguments: list[str]) -> None:
+    """Report as the command line says; an error of the user is one sentence on stderr, and exit 1."""
+    try:
+        report(settings_of(arguments))
+    except DassError as error:
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _manifests(config: ReportConfig, folder: Path) -> list[Manifest]:
@@ -94,14 +98,26 @@ def _manifests(config: ReportConfig, folder: Path) -> list[Manifest]:
     return chosen
 
 
-def _report_folder(config: ReportConfig, folder: Path, runs: list[Run], published: pd.DataFrame) -> None:
+def _report_sweep(config: ReportConfig, manifest: Manifest, runs: list[Run]) -> bool:
+    """Report a sweep, if any of its runs has a result; returns whether one has."""
+    planned = planned_runs(manifest, runs)
+    if all(run.why for run in planned):
+        return False
+    name = manifest.name.removesuffix("-small")
+    print(f"{name}: {_counted(planned)}; {config.output}/tables/{name}.md")
+    frame, figures = _write(config, manifest.report, planned, name)
+    if config.log_to != "none":
+        group = manifest.experiment or manifest.name
+        with track(config.log_to, "dass", group, f"report-{name}", "outputs", {"scale": manifest.scale}) as mirror:
+            log_report(mirror, name, frame, [path for path in figures if path.suffix == ".png"])
+    return True
+
+
+def _report_folder(config: ReportConfig, folder: Path, runs: list[Run]) -> None:
     """Report all perplexities of a folder, and list the sweeps whose manifests lie in it."""
     scored = [run for run in runs if run.perplexity is not None]
     if scored:
-        made = find_kind("perplexity")(Material(scored, published))
-        _write(made, Path(config.output), "perplexity")
-        print(to_markdown(made.grids))
-    _compare(config, scored)
+        _write(config, "perplexity", scored, "perplexity")
     for manifest in read_manifests(folder):
         command = f"python -m experiments.report manifest={folder / FOLDER / manifest.name}.json output={config.output}"
         print(f"{manifest.name}: {_counted(planned_runs(manifest, runs))}; {command}")
@@ -114,19 +130,22 @@ def _counted(runs: list[Run]) -> str:
     return f"{len(runs) - missing} runs, {missing} missing"
 
 
-def _compare(config: ReportConfig, runs: list[Run]) -> None:
-    if config.reference is not None:
-        print(f"Compared with the records of {config.reference}:\n")
-        print(comparison(runs, runs_of(read_records(Path(config.reference)))))
+def _write(config: ReportConfig, kind: str, runs: list[Run], name: str) -> tuple[pd.DataFrame, list[Path]]:
+    """Write the tables as Markdown, LaTeX and CSV, and the figure as PDF and PNG; returns the numbers and the figure.
 
-
-def _write(made: Report, output: Path, name: str) -> list[Path]:
-    """Write the tables as Markdown, LaTeX and CSV, and the figure as PDF and PNG; returns the figure's files."""
-    write_atomically(output / "tables" / f"{name}.md", to_markdown(made.grids))
+    Prints the tables of a single report, and the comparison of its runs with the reference.
+    """
+    made = find_kind(kind)(Material(runs, read_published(Path(config.published))))
+    output, markdown = Path(config.output), to_markdown(made.grids)
+    write_atomically(output / "tables" / f"{name}.md", markdown)
     write_atomically(output / "tables" / f"{name}.tex", to_latex(made.grids))
     write_atomically(output / "tables" / f"{name}.csv", made.frame.to_csv(index=False, lineterminator="\n"))
-    return write_figure(made.draw, output / "figures", name) if made.draw is not None else []
+    if config.experiment != "all":
+        print(f"\n{markdown}")
+    if config.reference is not None:
+        print(to_markdown([comparison(runs, runs_of(read_records(Path(config.reference))))]))
+    return made.frame, write_figure(made.draw, output / "figures", name) if made.draw is not None else []
 
 
 if __name__ == "__main__":
-    run_cli(report, ReportConfig)
+    main(sys.argv[1:])

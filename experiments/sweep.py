@@ -24,10 +24,7 @@ KEPT = ("model", "method", "sparsity", "calibration", "evaluation", "targets", "
 def plan_sweep(config: DictConfig, jobs: list[list[str]], arguments: list[str]) -> Manifest | None:
     """The manifest of a sweep of `experiments.prune`; None of other apps, and where nothing is run.
 
-    Args:
-        config: what was composed for the sweep as a whole.
-        jobs: the overrides of each run.
-        arguments: those of the command line.
+    `config` was composed for the sweep as a whole; `jobs` are the overrides of each run, `arguments` those given.
     """
     if "results_dir" not in config or config.get("dry_run"):
         return None

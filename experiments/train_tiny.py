@@ -46,8 +46,7 @@ def main(config: DictConfig) -> None:
             print(f"{folder}: exists, skipping", flush=True)
             continue
         start = time.perf_counter()
-        training = train(recipe)
-        print(f"{folder}: {training.summary()}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{folder}: {train(recipe)}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dass.pruning.blocks import MLP_ROLES, ROLES
-from report.figures import style_of
-from report.grid import MISSING, Grid
+from report.figures import METHOD_STYLE
+from report.grid import Grid, number
 
 Measured = dict[str, dict[str, Any]]
 """What `Comparison.as_dict` returned, by the model's name."""
@@ -95,7 +95,8 @@ def diagnostics_figure(measured: Measured) -> Figure:
         own = frame[(frame.model == model) & (frame.measure == kind)]
         for panel, role in zip(panels, MLP_ROLES, strict=True):
             for i, (name, values) in enumerate(own[own.role == role].groupby("methods", sort=False)):
-                color = style_of(str(name)).color if kind == "errors" else f"C{i}"
+                style = METHOD_STYLE.get(str(name))
+                color = style.color if style else f"C{i}"
                 panel.plot(values.block, values.value, color=color, linewidth=0.9, label=str(name).replace("|", ", "))
             panel.set_title(f"{model}, {role}", fontsize=SMALL)
         if kind == "errors" and own.value.max() > LOG_ABOVE * own.value.min() > 0:
@@ -115,4 +116,4 @@ def diagnostics_figure(measured: Measured) -> Figure:
 
 def _shown(means: pd.DataFrame) -> pd.DataFrame:
     """Numbers as text, and what names the rows as columns before them."""
-    return means.map(lambda value: MISSING if pd.isna(value) else f"{value:.3f}").reset_index()
+    return means.map(lambda value: number(value, ".3f")).reset_index()

@@ -1,28 +1,28 @@
-"""How figures look and are written: one style for each method, panels below each other, one legend for all of them.
+"""Figures: points with errors over x, a panel for each model or pattern; one style for each method, one legend for all.
 
 No pyplot: no global state and no display; PNG files are drawn by Agg.
 """
 
 import io
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dass.records import write_atomically
-from report.tables import Table, Variant
+from report.runs import DENSE
 
 
-@dataclass(frozen=True)
-class Style:
-    """How a method looks in every figure."""
+class Style(NamedTuple):
+    """How a row looks in every figure."""
 
     color: str
     marker: str
@@ -39,9 +39,13 @@ METHOD_STYLE = {
 OTHER_COLORS = ("#CC79A7", "#56B4E9", "#999999", "#F0E442")  # methods to come, by name
 VARIANT_MARKERS = ("v", "<", ">", "h", "8", "d", "*")  # further rows of one method keep its colour
 COLUMN_WIDTH = 3.3  # inches, of a two-column paper
-PANEL_HEIGHT = 1.9  # inches
+PANEL_HEIGHT = 2.0  # inches
+LEGEND_ROW = 0.17  # inches
 LOG_ABOVE = 5.0  # ratio of the largest to the smallest perplexity
 DECADES_ABOVE = 1000.0  # the same, where only powers of ten have room as ticks
+STEP = 0.16  # between points beside each other, where one word of x is 1 wide
+SAME_LINE = ["rank", "label", "is_open", "source"]
+POINT: dict[str, Any] = {"markersize": 3.5, "linewidth": 0.9, "elinewidth": 0.8, "capsize": 1.5}
 RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -52,72 +56,146 @@ RC: dict[Any, Any] = {
 }
 
 
-def style_of(method: str) -> Style:
-    """The style of a method as such, whichever others there are."""
-    return METHOD_STYLE.get(method, Style(OTHER_COLORS[0], "p"))
+def perplexity_figure(cells: pd.DataFrame) -> Figure:
+    """Who wins: one panel per table. Filled markers: the best, or in a draw with it."""
+    points = _points(cells, cells.perplexity, cells.stderr).assign(is_open=~cells.is_best)
+    return draw(points, "pattern", "filled: best of its pattern, or in a draw with it", joined=False, explodes=True)
 
 
-def variant_styles(tables: list[Table]) -> dict[Variant, Style]:
-    """The style of each row, in reading order; the variant of a method that was run most keeps its marker."""
-    counts = Counter(cell.variant for table in tables for cell in table.cells)
-    others = sorted({variant.method for variant in counts} - set(METHOD_STYLE))
-    base = METHOD_STYLE | {name: Style(OTHER_COLORS[i % len(OTHER_COLORS)], "p") for i, name in enumerate(others)}
-    styles: dict[Variant, Style] = {}
-    for variant in sorted(counts, key=lambda variant: (-counts[variant], variant)):
-        style = base[variant.method]
-        earlier = sum(variant.method == other.method for other in styles)
-        marker = VARIANT_MARKERS[(earlier - 1) % len(VARIANT_MARKERS)] if earlier else style.marker
-        styles[variant] = Style(style.color, marker)
-    return {variant: styles[variant] for variant in sorted(styles)}
+def time_figure(cells: pd.DataFrame) -> Figure:
+    """Seconds of the walk by pattern and method."""
+    return draw(_points(cells, cells.pruning_seconds, 0.0, "pruning [s]"), "pattern", "one run each", joined=False)
 
 
-def panels(count: int, extra: float = 0.5, height: float = PANEL_HEIGHT) -> tuple[Figure, list[Axes]]:
-    """A figure of one column's width with panels below each other; `extra` inches for the legend."""
-    figure = Figure(figsize=(COLUMN_WIDTH, height * count + extra), layout="constrained")
-    return figure, list(figure.subplots(count, squeeze=False)[:, 0])
+def zero_shot_figure(cells: pd.DataFrame) -> Figure:
+    """Mean accuracy with its standard error by pattern and method; dense as a level."""
+    means = [runs[0].accuracies.get("mean", {}) if runs else {} for runs in cells.runs]
+    points = _points(cells, cells.accuracy, [100 * mean.get("stderr", 0.0) for mean in means], "mean accuracy [%]")
+    return draw(points, "pattern", "± 1 standard error", joined=False)
 
 
-def line(
-    axes: Axes, x: Iterable[float], y: Iterable[float], error: Iterable[float | None], style: Style, is_open: bool
-) -> None:
-    """One method's line with error bars; dotted with open markers for the second of two kinds."""
-    axes.errorbar(
-        list(x),
-        list(y),
-        yerr=[value or 0.0 for value in error],
-        color=style.color,
-        marker=style.marker,
-        markersize=3.5,
-        markerfacecolor="white" if is_open else style.color,
-        linestyle=":" if is_open else "-",
-        linewidth=0.9,
-        elinewidth=0.8,
-        capsize=1.5,
+def alpha_figure(cells: pd.DataFrame) -> Figure:
+    """Perplexity over DaSS's alpha, a panel for each model and pattern; Wanda as a level."""
+    points = _points(cells, cells.perplexity, cells.stderr).assign(label=cells.method)
+    points["x"] = [runs[0].options.get("alpha") if runs else None for runs in cells.runs]
+    points["panel"] = cells.title + ", " + cells.pattern.map(str)
+    points = points[points.x.notna() | (points.method == "wanda")]
+    return draw(points.sort_values(["table", "pattern"], kind="stable"), "alpha", "± 1 standard error")
+
+
+def curve_figure(cells: pd.DataFrame) -> Figure:
+    """Perplexity over sparsity: unstructured as full lines, N:M as dotted ones with open markers."""
+    points = _points(cells, cells.perplexity, cells.stderr)
+    points["x"] = cells.pattern.map(lambda pattern: math.nan if pattern == DENSE else 100 * pattern.sparsity)
+    points["is_open"] = cells.pattern.map(lambda pattern: math.isfinite(pattern.smallness))
+    note = "full: unstructured; dotted, open: N:8; ± 1 standard error"
+    return draw(points, "share of pruned weights [%]", note, explodes=True)
+
+
+def calibration_figure(cells: pd.DataFrame) -> Figure:
+    """Perplexity over the number of sequences, mean and standard deviation over the seeds; a panel for each model.
+
+    The first text is drawn as lines, the others as open markers.
+    """
+    cells = cells[cells.pattern != DENSE]
+    first, *others = cells.source.unique()
+    beside = cells["rank"].rank(method="dense") - cells["rank"].nunique() / 2 - 1
+    points = _points(cells, cells.perplexity, cells.spread).assign(x=cells.sequences * 1.03**beside)
+    points = points.assign(panel=[facts["model"] for facts in cells.facts], is_open=cells.source != first)
+    note = f"± 1 sd over seeds; full: {first}" + (f", open: {', '.join(others)}" if others else "")
+    figure = draw(points, "calibration sequences", note)
+    ticks = sorted(cells.sequences.unique())
+    for axes in figure.axes:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, list(map(str, ticks)))
+    return figure
+
+
+def difference_figure(cells: pd.DataFrame) -> Figure:
+    """Difference of each method's loss to Wanda's, a group for each model and a panel for each pattern."""
+    points = cells[(cells.method != "wanda") & (cells.pattern != DENSE) & cells.delta.notna()]
+    points = points.sort_values(["pattern", "table"], kind="stable")
+    points = points.assign(
+        panel=points.pattern.map(str),
+        ylabel="Δ loss to Wanda [nats]",
+        x=points.model.str.replace("_", "\n"),
+        y=[delta.mean for delta in points.delta],
+        error=[delta.stderr for delta in points.delta],
+        is_open=[not delta.counts for delta in points.delta],
     )
+    figure = draw(points, "", "± 1 standard error; open: cannot be told apart from Wanda", joined=False)
+    for axes in figure.axes:
+        axes.axhline(0, color=METHOD_STYLE["wanda"].color, linestyle="--", linewidth=0.8, zorder=0)
+        axes.tick_params(axis="x", labelsize=6)
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.margins(y=0.1)
+    return figure
 
 
-def level(axes: Axes, y: float, style: Style) -> None:
-    """A dashed line across the panel."""
-    axes.axhline(y, color=style.color, linestyle="--", linewidth=0.8, zorder=0)
+def draw(points: pd.DataFrame, xlabel: str, note: str, joined: bool = True, explodes: bool = False) -> Figure:
+    """Points with errors, a panel below the other for each value of `panel`, and one legend for all.
 
-
-def legend(figure: Figure, styles: dict[str, Style], note: str, columns: int = 3, joined: bool = True) -> None:
-    """One legend for all panels, below them."""
+    Args:
+        points: a row each, with the columns panel, ylabel, x (a number, or a word that has a place of its own; of a
+            level across the panel neither), y, error and is_open, and those of the cell.
+        joined: lines from point to point; dotted ones between open markers.
+        explodes: perplexities, on a logarithmic axis where they span decades.
+    """
+    points = points[points.y.notna()]
+    styles = row_styles(points)
+    levels = set(points.label) - set(points[points.x.notna()].label)
+    longest = max(map(len, styles))
+    columns = 3 if longest < 12 else 2 if longest < 19 else 1
+    panels = points.groupby("panel", sort=False)
+    height = PANEL_HEIGHT * len(panels) + LEGEND_ROW * math.ceil(len(styles) / columns) + 0.3
+    figure = Figure(figsize=(COLUMN_WIDTH, height), layout="constrained")
+    for axes, (title, own) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        if explodes:
+            _set_perplexity_scale(axes, own.y)
+        if not joined:
+            own = own.assign(x=_places(axes, own.x))
+        for (_, label, is_open, _), line in own.groupby(SAME_LINE, dropna=False):
+            color, marker = styles[label]
+            for y in line[line.x.isna()].y:
+                axes.axhline(y, color=color, linestyle="--", linewidth=0.8, zorder=0)
+            line = line[line.x.notna()].sort_values("x")
+            if len(line):
+                face, dashes = ("white", ":") if is_open else (color, "-")
+                axes.errorbar(
+                    line.x.astype(float),
+                    line.y,
+                    yerr=line.error.fillna(0),
+                    color=color,
+                    marker=marker,
+                    markerfacecolor=face,
+                    linestyle=dashes if joined else "",
+                    **POINT,
+                )
+        axes.set_title("\n".join(textwrap.wrap(str(title), 52)))
+        axes.set_ylabel(own.ylabel.iloc[0])
+    figure.axes[-1].set_xlabel(xlabel)
     handles = [
-        Line2D([], [], color=s.color, marker=s.marker, markersize=3.5, ls=("-" if joined else "") if s.marker else "--")
-        for s in styles.values()
+        Line2D([], [], color=color, linestyle="--")
+        if label in levels
+        else Line2D([], [], color=color, marker=marker, markersize=3.5, linestyle="-" if joined else "")
+        for label, (color, marker) in styles.items()
     ]
     figure.legend(handles, list(styles), loc="outside lower center", ncols=columns, frameon=False, title=note)
+    return figure
 
 
-def set_perplexity_scale(axes: Axes, values: list[float]) -> None:
-    """A logarithmic axis where perplexity explodes."""
-    if values and max(values) > LOG_ABOVE * min(values):
-        axes.set_yscale("log")
-        if max(values) < DECADES_ABOVE * min(values):
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+def row_styles(points: pd.DataFrame) -> dict[str, Style]:
+    """The style of each label, in reading order; the variant of a method that was run most keeps its marker."""
+    counts = points.groupby(["rank", "label", "method"]).size().reset_index(name="count")
+    others = sorted(set(counts.method) - set(METHOD_STYLE))
+    base = METHOD_STYLE | {name: Style(OTHER_COLORS[i % len(OTHER_COLORS)], "p") for i, name in enumerate(others)}
+    counts = counts.sort_values("count", ascending=False, kind="stable")
+    counts["earlier"] = counts.groupby("method").cumcount()
+    styles = {}
+    for row in counts.sort_index().itertuples():
+        marker = VARIANT_MARKERS[(row.earlier - 1) % len(VARIANT_MARKERS)] if row.earlier else base[row.method].marker
+        styles[row.label] = Style(base[row.method].color, marker)
+    return styles
 
 
 def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Path]:
@@ -132,3 +210,31 @@ def write_figure(draw: Callable[[], Figure], folder: Path, name: str) -> list[Pa
             paths.append(folder / f"{name}.{suffix}")
             write_atomically(paths[-1], content.getvalue())
     return paths
+
+
+def _points(cells: pd.DataFrame, y: Any, error: Any, ylabel: str | None = None) -> pd.DataFrame:
+    """Filled points over the pattern, dense as a level, a panel for each table; perplexities if `ylabel` is none."""
+    x = [None if pattern == DENSE else str(pattern) for pattern in cells.pattern]
+    label = ylabel or "perplexity, " + cells.dataset
+    return cells.assign(panel=cells.title, ylabel=label, x=x, y=y, error=error, is_open=False)
+
+
+def _places(axes: Axes, words: pd.Series) -> pd.Series:
+    """Where each point stands, those of one word beside each other; sets the ticks."""
+    names = list(words.dropna().unique())
+    among = words.groupby(words)
+    steps = (0.8 / among.transform("size")).clip(upper=STEP)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.6, max(len(names), 1) - 0.4)
+    beside = among.cumcount() - (among.transform("size") - 1) / 2
+    return words.map(names.index, na_action="ignore").astype(float) + steps * beside
+
+
+def _set_perplexity_scale(axes: Axes, values: pd.Series) -> None:
+    """A logarithmic axis where perplexity explodes."""
+    if values.max() > LOG_ABOVE * values.min():
+        axes.set_yscale("log")
+        if values.max() < DECADES_ABOVE * values.min():
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,9 +1,13 @@
-"""A table of text, and how it is written as Markdown and LaTeX."""
+"""A table of text, how numbers are put into it, and how it is written as Markdown and LaTeX."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from report.tables import Difference
 
 MISSING = "—"
 LATEX = str.maketrans(
@@ -18,16 +22,42 @@ class Grid:
     """One table with what a reader must know beside it."""
 
     title: str
-    frame: pd.DataFrame
-    """Plain text; numbers are ready to be shown."""
-    facts: dict[str, str] = field(default_factory=dict)
-    """What holds for all rows."""
-    legend: str = ""
-    """How to read marks and errors."""
-    bold: frozenset[tuple[int, int]] = frozenset()
-    """Row and column of the cells in bold."""
-    words: int = 2
-    """So many columns from the left are words; the others are numbers."""
+    frame: pd.DataFrame  # plain text; numbers are ready to be shown
+    facts: dict[str, str] = field(default_factory=dict)  # what holds for all rows
+    legend: str = ""  # how to read marks and errors
+    bold: frozenset[tuple[int, int]] = frozenset()  # row and column of the cells in bold
+    words: int = 2  # so many columns from the left are words; the others are numbers
+
+
+def number(value: float | None, form: str, stderr: float | None = None) -> str:
+    """A number with its standard error, if it has one, both in the format `form` (its sign for the number alone)."""
+    if value is None or np.isnan(value):
+        return MISSING
+    error = f" ± {stderr:{form.lstrip('+')}}" if stderr and not np.isnan(stderr) else ""
+    return f"{value:{form}}{error}".replace("-", "−")
+
+
+def marked(difference: Difference | None, form: str = "+.3f") -> str:
+    """A difference with its standard error; marked where the two cannot be told apart."""
+    if difference is None:
+        return MISSING
+    return ("" if difference.counts else "≈ ") + number(difference.mean, form, difference.stderr)
+
+
+def grid_of(
+    title: str,
+    cells: pd.DataFrame,
+    row: Callable[[Any], dict[str, str]],
+    facts: dict[str, str],
+    legend: str,
+    bold: str | None = None,
+) -> Grid:
+    """One table: of each cell pattern, label and what `row` makes of it; the best have their column `bold` in bold."""
+    frame = pd.DataFrame(
+        [{"Pattern": str(cell.pattern), "Method": cell.label} | row(cell) for cell in cells.itertuples()]
+    )
+    best = {(int(index), list(frame).index(bold)) for index in np.flatnonzero(cells.is_best) if bold}
+    return Grid(title, frame, facts, legend, frozenset(best))
 
 
 def to_markdown(grids: list[Grid]) -> str:
@@ -51,28 +81,18 @@ def to_latex(grids: list[Grid]) -> str:
     parts = []
     for grid in grids:
         facts = " ".join(f"{name.capitalize()}: {text}." for name, text in grid.facts.items())
-        bold = np.full(grid.frame.shape, "", dtype=object)
-        for i, j in grid.bold:
-            bold[i, j] = "textbf:--rwrap;"
         escaped = grid.frame.map(lambda text: text.translate(LATEX))
+        for i, j in grid.bold:
+            escaped.iat[i, j] = rf"\textbf{{{escaped.iat[i, j]}}}"
         escaped.columns = escaped.columns.map(lambda text: text.translate(LATEX))
         starts = escaped.iloc[1:, 0].ne(escaped.iloc[:, 0].shift()[1:])  # of another pattern or model: a rule above
         escaped.iloc[1:, 0] = escaped.iloc[1:, 0].where(~starts, "\\midrule\n" + escaped.iloc[1:, 0])
-        latex = (
-            escaped.style.hide(axis="index")
-            .apply(lambda _, marks=bold: marks, axis=None)
-            .to_latex(
-                hrules=True,
-                column_format="l" * grid.words + "r" * (grid.frame.shape[1] - grid.words),
-                caption=f"{grid.title}. {facts} {grid.legend}".strip().translate(LATEX),
-                environment="table*",
-                position_float="centering",
-            )
+        latex = escaped.style.hide(axis="index").to_latex(
+            hrules=True,
+            column_format="l" * grid.words + "r" * (grid.frame.shape[1] - grid.words),
+            caption=f"{grid.title}. {facts} {grid.legend}".strip().translate(LATEX),
+            environment="table*",
+            position_float="centering",
         )
         parts.append(latex.replace(r"\centering", r"\centering\small\setlength{\tabcolsep}{4pt}", 1))
     return "\n".join(parts)
-
-
-def with_error(value: float, stderr: float | None, form: str) -> str:
-    """A number with its standard error, both in the format `form` (the sign of it for the number alone)."""
-    return (f"{value:{form}}" + (f" ± {stderr:{form.lstrip('+')}}" if stderr else "")).replace("-", "−")

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+import pandas as pd
 
 from dass.errors import DassError
 from dass.manifests import Manifest
-from report.calibration import size, source
 from report.diagnostics import diagnostics_frame
-from report.grid import with_error
+from report.grid import marked, number
 from report.runs import Run, planned_runs
-from report.single import accuracy_difference
-from report.tables import Cell, Difference, Table, build_tables, paired_difference, unbeaten
+from report.tables import Difference, cells_of, find, paired_difference, unbeaten
 
 SUFFIX = ".template.md"
 NOTE = "<!-- Built by `make tables` from {}: change that file. -->\n\n"
@@ -30,13 +30,13 @@ VERDICTS = {-1: "holds here", 0: "cannot be told", 1: "does not hold here"}
 class View:
     """A table, asked by method and pattern; of several variants the one with these options, or the published one."""
 
-    table: Table
+    cells: pd.DataFrame
 
-    def cell(self, method: str, pattern: str, **options: Any) -> Cell:
+    def cell(self, method: str, pattern: str, **options: Any) -> Any:
         """The one cell with a result; `axis` means that of gate and up. DassError if there is none, or several."""
         wanted = {("axis.gate" if key == "axis" else key): value for key, value in options.items()}
-        cell = self.table.find(pattern, method, wanted)
-        if cell is None or not cell.found:
+        cell = find(self.cells, pattern, method, wanted)
+        if cell is None or cell.runs[0].why:
             raise DassError(f"The page asks for {method} at {pattern} {options}, of which there is not one result.")
         return cell
 
@@ -47,8 +47,8 @@ class View:
     def delta(self, method: str, pattern: str, than: str | dict[str, Any] = "wanda", **options: Any) -> Difference:
         """The paired difference of a cell to another method, or to its own with other options."""
         words, others = (than, {}) if isinstance(than, str) else (method, options | than)
-        one = self.cell(method, pattern, **options)
-        difference = paired_difference(one, self.cell(words, "dense" if words == "dense" else pattern, **others))
+        other = self.cell(words, "dense" if words == "dense" else pattern, **others)
+        difference = paired_difference(self.cell(method, pattern, **options).runs, other.runs)
         if difference is None:
             raise DassError(f"The page compares {method} at {pattern} with {than}, which cannot be compared.")
         return difference
@@ -58,24 +58,15 @@ class View:
 class Page:
     """What a template can ask for."""
 
-    runs: dict[str, list[Run]]
-    """By experiment."""
+    runs: dict[str, list[Run]]  # by experiment
 
     def view(self, experiment: str, model: str, text: str | None = None, sequences: int | None = None) -> View:
         """The table of a model; of several calibration sets that with this text and number of sequences."""
-        tables = [table for table in build_tables(self._of(experiment)) if table.runs[0].model == model]
-        tables = [table for table in tables if text is None or (source(table), size(table)) == (text, sequences)]
-        if len(tables) != 1:
-            raise DassError(f"The page asks for one table of {model} in {experiment}: there are {len(tables)}.")
-        return View(tables[0])
-
-    def run(self, experiment: str, method: str, pattern: str, model: str) -> Run:
-        """One run; DassError if there is none with a record, or several."""
-        key = (method, pattern, model)
-        found = [run for run in self._of(experiment) if run.record and (run.method, str(run.pattern), run.model) == key]
-        if len(found) != 1:
-            raise DassError(f"The page asks for one run {key} of {experiment}: there are {len(found)}.")
-        return found[0]
+        cells = cells_of(self._of(experiment)).query("model == @model")
+        cells = cells if text is None else cells.query("source == @text and sequences == @sequences")
+        if (n := cells.table.nunique()) != 1:
+            raise DassError(f"The page asks for one table of {model} in {experiment}: there are {n}.")
+        return View(cells)
 
     def minutes(self, *experiments: str) -> float:
         """The stages of all runs of these experiments (none named: of all), each run once."""
@@ -86,10 +77,8 @@ class Page:
     def block_mean(self, model: str, measure: str, methods: str = "", role: str = "", reduce: str = "mean") -> float:
         """A number of the diagnostics, over the blocks."""
         measured = {run.model: run.record["diagnostics"] for run in self._of("diagnostics") if run.record}
-        rows = diagnostics_frame(measured).query(
-            "model == @model and measure == @measure and methods == @methods and role == @role"
-        )
-        return float(rows.value.agg(reduce))
+        blocks = diagnostics_frame(measured).groupby(["model", "measure", "methods", "role"]).value
+        return float(blocks.agg(reduce)[model, measure, methods, role])
 
     def _of(self, experiment: str) -> list[Run]:
         if experiment not in self.runs:
@@ -99,10 +88,7 @@ class Page:
 
 def verdict(*differences: Difference) -> str:
     """Whether it holds that the first is better: of differences that agree. DassError where they do not."""
-    verdicts = {
-        VERDICTS[(difference.mean > 0) - (difference.mean < 0) if difference.counts else 0]
-        for difference in differences
-    }
+    verdicts = {VERDICTS[int(np.sign(one.mean)) if one.counts else 0] for one in differences}
     if len(verdicts) != 1:
         raise DassError(f"The records give {' and '.join(sorted(verdicts))}: give each its own verdict in the page.")
     return verdicts.pop()
@@ -115,19 +101,16 @@ def require(supported: bool, claim: str) -> str:
     return ""
 
 
-def bold_best(cells: list[Cell], form: str = ".1f") -> list[str]:
+def bold_best(cells: list[Any], form: str = ".1f") -> list[str]:
     """Perplexities; bold are the lowest and what cannot be told apart from it, where there is more than one."""
-    best = {id(cell) for cell in unbeaten(cells)}
     texts = [f"{cell.perplexity:{form}}" for cell in cells]
-    return [f"**{text}**" if id(cell) in best else text for cell, text in zip(cells, texts, strict=True)]
+    return [f"**{text}**" if best else text for text, best in zip(texts, unbeaten(cells), strict=True)]
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
-    "f": lambda value, form: f"{value:{form}}".replace("-", "−"),
-    "pm": lambda difference, form="+.3f": with_error(difference.mean, difference.stderr, form),
-    "marked": lambda difference, form="+.3f": (
-        ("" if difference.counts else "≈ ") + with_error(difference.mean, difference.stderr, form)
-    ),
+    "f": number,
+    "pm": lambda difference, form="+.3f": number(difference.mean, form, difference.stderr),
+    "marked": marked,
     "errors": lambda difference: abs(difference.mean) / difference.stderr,
     "delta": View.delta,
     "ppl": View.ppl,
@@ -148,12 +131,11 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     page = Page({str(manifest.experiment): planned_runs(manifest, runs) for manifest in small})
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
-    environment.globals |= {name: getattr(page, name) for name in ("view", "run", "minutes", "block_mean")}
-    for function in (verdict, require, bold_best, accuracy_difference):
-        environment.globals[function.__name__] = function
+    functions = (page.view, page.minutes, page.block_mean, verdict, require, bold_best)
     try:
-        text = environment.from_string(template.read_text(encoding="utf-8")).render()
-    except jinja2.TemplateError as error:
+        parsed = environment.from_string(template.read_text(encoding="utf-8"))
+        text = parsed.render({function.__name__: function for function in functions})
+    except (jinja2.TemplateError, KeyError) as error:
         raise DassError(f"{template} is not a template that can be filled ({error}): correct it.") from error
     return NOTE.format(template.name) + text.strip("\n") + "\n"
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from dass.manifests import Manifest
@@ -21,12 +22,12 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {  # the options that tell the publish
 }
 
 
-class Pattern(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Pattern:
     """How many weights survive; in order from the freest to the strictest, dense first."""
 
     sparsity: float
-    smallness: float
-    """Of the groups: -m, or minus infinity where the whole comparison group is one."""
+    smallness: float  # of the groups: -m, or minus infinity where the whole comparison group is one
 
     @classmethod
     def of(cls, ratio: float | None, n: int | None, m: int | None) -> "Pattern":
@@ -48,11 +49,9 @@ DENSE = Pattern(-1.0, -math.inf)
 class Setting(NamedTuple):
     """What comparable runs have in common; a None, of what a run did not use, agrees with everything."""
 
-    model: str
-    """Identity of its contents; of a model trained here, of its recipe but for the seed."""
+    model: str  # identity of its contents; of a model trained here, of its recipe but for the seed
     dtype: str | None
-    evaluation: str | None
-    """Identity of the windows."""
+    evaluation: str  # identity of the windows or items; none where nothing was evaluated
     pruned: str | None
     calibration: str | None
 
@@ -63,7 +62,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What was run and what came of it; what it did not use (a dense run: any calibration) is None."""
+    """What was run and what came of it; what it did not use, measure or leave a record of is None."""
 
     id: str
     config: dict[str, Any]
@@ -73,28 +72,22 @@ class Run:
     method_identity: str | None
     calibrates: bool
     method: str
-    axis: dict[str, str]
     update: str | None
-    parameters: dict[str, Any]
+    options: dict[str, Any]  # what the method's config says beyond its name, with dotted keys
     pattern: Pattern
     seed: int
     training_seed: int | None  # of a model that this repository trained
-    record: dict[str, Any] | None = None
-    dataset: str = ""
-    seq_len: int | None = None
+    dataset: str
+    seq_len: int | None
     tokens: int | None = None
-    perplexity: float | None = None  # None without a record, or without a perplexity in it
+    perplexity: float | None = None
     stderr: float | None = None
     sparsity_targeted: float | None = None
     sparsity_linear: float | None = None
     pruning_seconds: float | None = None
     losses: tuple[float, ...] = ()  # mean token loss of each window, nats
-    why: str = ""  # it has no result
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the method's config says beyond its name, with dotted keys."""
-        return self.parameters | {f"axis.{role}": axis for role, axis in self.axis.items()} | {"update": self.update}
+    record: dict[str, Any] | None = None
+    why: str = ""  # it has no result; else empty
 
     @property
     def as_published(self) -> bool:
@@ -118,13 +111,26 @@ class Run:
         metrics = self.record["metrics"] if self.record else []
         return {metric["dataset"]: metric for metric in metrics if metric["metric"] == "acc"}
 
+    @property
+    def accuracy(self) -> float | None:
+        """The mean accuracy in %."""
+        return 100 * self.accuracies["mean"]["value"] if self.accuracies else None
+
+    @property
+    def samples(self) -> list[np.ndarray]:
+        """What is compared, less is better: losses of the windows [nats]; or, by task, minus the right items [%]."""
+        if self.losses:
+            return [np.array(self.losses)]
+        return [-100 * np.array(metric["items"]) for task, metric in self.accuracies.items() if task != "mean"]
+
 
 def runs_of(records: list[dict[str, Any]]) -> list[Run]:
     """One run per record, whatever it measured; a record with unusable contents is named on stderr and left out."""
     runs = []
     for record in records:
         try:
-            runs.append(_run(record))
+            _require_contents(record)
+            runs.append(_run(record["id"], record["config"], "calibration" in record["stages"], record))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             print(f"left out: the record {record['id']} is malformed ({error!r}): run it again.", file=sys.stderr)
     return runs
@@ -136,39 +142,36 @@ def planned_runs(manifest: Manifest, runs: list[Run]) -> list[Run]:
     A run whose config could not be composed is named on stderr and left out.
     """
     by_id = {run.id: run for run in runs}
-    named = [by_id[planned.fingerprint] for planned in manifest.runs if planned.fingerprint in by_id]
-    found = list({run.id: run for run in named}.values())
+    found = {one.fingerprint: by_id[one.fingerprint] for one in manifest.runs if one.fingerprint in by_id}
     missing = []
-    for index, planned in enumerate(manifest.runs):
-        if planned.fingerprint in by_id:
+    for number, planned in enumerate(manifest.runs, 1):
+        if planned.fingerprint in found:
             continue
         if not planned.config:
-            print(f"left out: run {index + 1} of the manifest {manifest.name}: {planned.why}", file=sys.stderr)
+            print(f"left out: run {number} of the manifest {manifest.name}: {planned.why}", file=sys.stderr)
             continue
-        run_id = planned.fingerprint or f"{manifest.name}#{index + 1}"
-        missing.append(missing_run(run_id, planned.config, planned.calibrates, planned.why or "not run yet", found))
-    return found + missing
+        run_id = planned.fingerprint or f"{manifest.name}#{number}"
+        why = planned.why or "not run yet"
+        missing.append(missing_run(run_id, planned.config, planned.calibrates, why, list(found.values())))
+    return [*found.values(), *missing]
 
 
 def missing_run(run_id: str, config: dict[str, Any], calibrates: bool, why: str, found: list[Run]) -> Run:
     """A run without a record: what its config does not tell (identities, a dtype) is that of a `found` run alike."""
-    run = _described(run_id, config, calibrates, None, {})
-    setting = run.setting
+    run = _run(run_id, config, calibrates, None, why)
     models = [other for other in found if _recipe(other.config["model"]) == _recipe(config["model"])]
-    if models:
-        setting = setting._replace(model=models[0].setting.model, dtype=models[0].setting.dtype)
+    known = {name: getattr(models[0].setting, name) for name in ("model", "dtype") if models}
     for name in ("evaluation", "calibration"):
-        for other in models + found:
-            theirs = getattr(other.setting, name)
-            if getattr(setting, name) and theirs and _given(other.config[name]) == _given(config[name]):
-                setting = setting._replace(**{name: theirs})
-                break
-    return replace(run, setting=setting, why=why)
+        alike = [other for other in models + found if _given(other.config[name]) == _given(config[name])]
+        identities = [getattr(other.setting, name) for other in alike if getattr(other.setting, name)]
+        if getattr(run.setting, name) and identities:
+            known[name] = identities[0]
+    return replace(run, setting=run.setting._replace(**known))
 
 
 def frame_of(runs: list[Run]) -> pd.DataFrame:
     """One tidy row per run with one type per column, without the losses of the windows."""
-    nested = ("config", "setting", "record", "losses", "calibrates", "axis", "parameters")
+    nested = ("config", "setting", "record", "losses", "calibrates", "options")
     rows = []
     for run in runs:
         row = {key: value for key, value in vars(run).items() if key not in nested}
@@ -185,32 +188,57 @@ def frame_of(runs: list[Run]) -> pd.DataFrame:
     return frame
 
 
-def _run(record: dict[str, Any]) -> Run:
-    config, stages, identity = record["config"], record["stages"], record["identity"]
-    _require_contents(record)
-    dtype = config.get("resolved", config["model"])["dtype"]  # the model's own may be "auto"
-    run = _described(record["id"], config, "calibration" in stages, dtype, identity)
-    pruned, setting = run.setting.pruned is not None, run.setting
-    if run.calibrates:  # draws of one text are replicates
-        text = {key: value for key, value in record["determinants"]["calibration"].items() if key != "seed"}
-        setting = setting._replace(calibration=identity_of(text))
-    run = replace(
-        run,
-        record=record,
-        setting=setting,
-        sparsity_targeted=record["sparsity"]["targeted"] if pruned else None,
-        sparsity_linear=record["sparsity"]["linear"] if pruned else None,
-        pruning_seconds=stages["pruning"]["seconds"] if pruned else None,
-        why=record.get("failed", {}).get("evaluation", ""),
+def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str, Any] | None, why: str = "") -> Run:
+    """A run by its config and, if there is one, its record."""
+    method, model, evaluation, sparsity = (config[key] for key in ("method", "model", "evaluation", "sparsity"))
+    trained, dense = model.get("trained"), method["name"] == "dense"
+    options = {key: value for key, value in method.items() if key not in ("name", "axis", "update")}
+    options |= {f"axis.{role}": axis for role, axis in (method.get("axis") or {}).items()}
+    setting = Setting(
+        model=identity_of(_recipe(model)),
+        dtype=None,
+        evaluation=_given(evaluation) or "none",
+        pruned=None if dense else config["targets"] + (f" without {config['exclude']}" if config["exclude"] else ""),
+        calibration=_given(config["calibration"]) if calibrates else None,
     )
-    metric = next((metric for metric in record["metrics"] if metric["metric"] == "perplexity"), None)
-    if metric is None:
-        return run
-    losses = tuple(map(float, record["windows"]))
-    if not math.isclose(math.exp(math.fsum(losses) / len(losses)), metric["value"], rel_tol=1e-4):
-        raise ValueError("its windows contradict its perplexity")
-    measured = {key: metric[key] for key in ("dataset", "seq_len", "tokens", "stderr")}
-    return replace(run, **measured, perplexity=metric["value"], losses=losses)
+    identity: dict[str, Any] = {}
+    found: dict[str, Any] = {}  # fields that only a record tells
+    if record is not None:
+        identity = record["identity"]
+        setting = setting._replace(
+            model=setting.model if trained else identity["model"],
+            dtype=config.get("resolved", model)["dtype"],  # the model's own may be "auto"
+            evaluation=identity["evaluation"] or "none",
+        )
+        if calibrates:  # draws of one text are replicates
+            text = {key: value for key, value in record["determinants"]["calibration"].items() if key != "seed"}
+            setting = setting._replace(calibration=identity_of(text))
+        if not dense:
+            found = {f"sparsity_{name}": record["sparsity"][name] for name in ("targeted", "linear")}
+            found["pruning_seconds"] = record["stages"]["pruning"]["seconds"]
+        for metric in record["metrics"]:
+            if metric["metric"] == "perplexity":
+                found |= {key: metric[key] for key in ("dataset", "seq_len", "tokens", "stderr")}
+                found |= {"perplexity": metric["value"], "losses": tuple(map(float, record["windows"]))}
+        why = record.get("failed", {}).get("evaluation", "")
+    return Run(
+        id=run_id,
+        config=config,
+        model=model["name"],
+        setting=setting,
+        model_identity=identity.get("model"),
+        method_identity=f"{identity['method']}, numerics {identity['numerics']}" if identity.get("method") else None,
+        calibrates=calibrates,
+        method=method["name"],
+        update=method.get("update"),
+        options=options | {"update": method.get("update")},
+        pattern=DENSE if dense else Pattern.of(**{key: sparsity[key] for key in ("ratio", "n", "m")}),
+        seed=config["seed"],
+        training_seed=trained["seed"] if trained else None,
+        record=record,
+        why=why,
+        **{"dataset": evaluation["name"], "seq_len": evaluation["seq_len"]} | found,
+    )
 
 
 def _require_contents(record: dict[str, Any]) -> None:
@@ -219,46 +247,16 @@ def _require_contents(record: dict[str, Any]) -> None:
         if not math.isfinite(stage["seconds"] + stage["peak_memory_gb"]):
             raise ValueError("a stage took no time that can be told")
     for metric in record["metrics"]:
+        if metric["metric"] == "perplexity":
+            losses = record["windows"]
+            if not math.isclose(math.exp(math.fsum(losses) / len(losses)), metric["value"], rel_tol=1e-4):
+                raise ValueError("its windows contradict its perplexity")
         if metric["metric"] == "acc" and metric["dataset"] != "mean":
-            right = math.fsum(metric["items"])
-            agrees = math.isclose(right / metric["n"], metric["value"], rel_tol=1e-6)
+            agrees = math.isclose(math.fsum(metric["items"]) / metric["n"], metric["value"], rel_tol=1e-6)
             if len(metric["items"]) != metric["n"] or not agrees:
                 raise ValueError(f"its items contradict its accuracy on {metric['dataset']}")
     if "methods" in record["config"]["method"] and not {"errors", "jaccard", "norms"} <= set(record["diagnostics"]):
         raise ValueError("its diagnostics are not whole")
-
-
-def _described(
-    run_id: str, config: dict[str, Any], calibrates: bool, dtype: str | None, identity: dict[str, Any]
-) -> Run:
-    """A run by its config and the identities of its parts, where they are known."""
-    method, model, evaluation, sparsity = (config[key] for key in ("method", "model", "evaluation", "sparsity"))
-    trained, dense = model.get("trained"), method["name"] == "dense"
-    excluding = f" without {config['exclude']}" if config["exclude"] else ""
-    return Run(
-        id=run_id,
-        config=config,
-        model=model["name"],
-        setting=Setting(
-            model=identity["model"] if identity and not trained else identity_of(_recipe(model)),
-            dtype=dtype,
-            evaluation=identity["evaluation"] if identity else _given(evaluation),
-            pruned=None if dense else config["targets"] + excluding,
-            calibration=_given(config["calibration"]) if calibrates else None,
-        ),
-        model_identity=identity.get("model"),
-        method_identity=f"{identity['method']}, numerics {identity['numerics']}" if identity.get("method") else None,
-        calibrates=calibrates,
-        method=method["name"],
-        axis=method.get("axis") or {},
-        update=method.get("update"),
-        parameters={key: value for key, value in method.items() if key not in ("name", "axis", "update")},
-        pattern=DENSE if dense else Pattern.of(**{key: sparsity[key] for key in ("ratio", "n", "m")}),
-        dataset=evaluation["name"],
-        seq_len=evaluation["seq_len"],
-        seed=config["seed"],
-        training_seed=trained["seed"] if trained else None,
-    )
 
 
 def place_of(model: dict[str, Any]) -> dict[str, str]:

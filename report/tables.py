@@ -1,67 +1,33 @@
-"""What is compared: runs that differ in nothing but the seed are a `Cell`; cells that may be compared, a `Table`.
+"""Cells: runs that differ in nothing but the seed; all of them in one tidy frame, table by table.
 
-Only runs of the same model contents on the same windows stand side by side. Methods are compared window by window: the
-standard error of a paired difference is far smaller than that of either perplexity.
+Only runs of the same model contents on the same windows stand in one table. Methods are compared window by window (or
+item by item): the standard error of a paired difference is far smaller than that of either perplexity.
 """
 
-import functools
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
-from report.runs import DENSE, Pattern, Run
+from report.runs import DENSE, Run
 from report.words import facts_of
 
 METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "dass")  # the others follow by name
 WIN = 2.0  # a difference counts beyond this many standard errors of it, or more where there are few seeds
 CONFIDENCE = 0.975  # of the quantile that takes the place of 2 where there are few
-
-
-class Variant(NamedTuple):
-    """A row of a table, in reading order: a method, and in its label what tells it from the others of that method."""
-
-    rank: int
-    label: str
-    method: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method under one pattern: its runs, which differ in the seeds alone; those with a result, if any has one."""
-
-    pattern: Pattern
-    variant: Variant
-    runs: tuple[Run, ...]
-
-    @property
-    def found(self) -> bool:
-        """Whether there is any result."""
-        return self.runs[0].perplexity is not None
-
-    @property
-    def perplexity(self) -> float:
-        """Mean perplexity over the seeds; NaN without a result."""
-        return self.mean("perplexity") or math.nan
-
-    def mean(self, name: str) -> float | None:
-        """Mean over the seeds of a field of `Run`; None if a run lacks it."""
-        values = [getattr(run, name) for run in self.runs]
-        return None if None in values else float(np.mean(values))
-
-    @functools.cached_property
-    def spread(self) -> float | None:
-        """Standard deviation of the perplexity over the seeds; None with fewer than two results."""
-        values = [run.perplexity for run in self.runs if run.perplexity is not None]
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+TABLE = ["table", "facts", "title", "model", "dataset", "source", "sequences"]
+CELL = ["pattern", "rank", "label", "method", "runs"]
+MEASURES = ("perplexity", "stderr", "accuracy", "pruning_seconds", "sparsity_targeted", "sparsity_linear")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean loss of one cell minus that of another over the same windows, nats per token."""
+    """Mean loss of one cell minus that of another over the same windows [nats per token]; or accuracy lost [points]."""
 
     mean: float
     stderr: float
@@ -76,104 +42,57 @@ class Difference:
         """Whether the two can be told apart."""
         return abs(self.mean) > max(WIN, stats.t.ppf(CONFIDENCE, self.freedom)) * self.stderr
 
-
-@dataclass(frozen=True)
-class Table:
-    """Cells that may be compared, in reading order: dense, then pattern by pattern, method by method."""
-
-    facts: dict[str, str]
-    """What holds for all cells, in words: model, evaluation, pruned, calibration, seeds, machine."""
-    runs: tuple[Run, ...]
-    cells: tuple[Cell, ...]
-
-    @property
-    def dataset(self) -> str:
-        """The name of the evaluation."""
-        return self.runs[0].dataset
-
-    @property
-    def patterns(self) -> list[Pattern]:
-        """The patterns, dense left out, from the freest to the strictest."""
-        return sorted({cell.pattern for cell in self.cells} - {DENSE})
-
-    @functools.cached_property
-    def variants(self) -> list[Variant]:
-        """The methods and their variants in reading order."""
-        return sorted({cell.variant for cell in self.cells})
-
-    def reference(self, pattern: Pattern) -> Cell | None:
-        """Wanda under a pattern; of several variants in the table the published one."""
-        wanda = {cell.variant: cell.runs[0].as_published for cell in self.cells if cell.variant.method == "wanda"}
-        candidates = [variant for variant, published in wanda.items() if published or len(wanda) == 1]
-        return self.cell(pattern, candidates[0]) if len(candidates) == 1 else None
-
-    def rows(self) -> list[tuple[Pattern, Variant]]:
-        """Pattern and variant of every row: what was run, and each method of which a pattern has nothing."""
-        run = {(cell.pattern, cell.variant) for cell in self.cells}
-        tried = {(cell.pattern, cell.variant.method) for cell in self.cells}
-        lacking = {(p, v) for p in self.patterns for v in self.variants if (p, v.method) not in tried}
-        return sorted(run | {(pattern, variant) for pattern, variant in lacking if variant.method != "dense"})
-
-    def cell(self, pattern: Pattern, variant: Variant) -> Cell | None:
-        """One method under one pattern; None if it was not run."""
-        return next((cell for cell in self.cells if (cell.pattern, cell.variant) == (pattern, variant)), None)
-
-    def find(self, pattern: str, method: str, options: dict[str, Any]) -> Cell | None:
-        """The cell of a method with all of these options; of several the published variant. None if it is not one."""
-        cells = [cell for cell in self.cells if (str(cell.pattern), cell.variant.method) == (pattern, method)]
-        cells = [cell for cell in cells if options.items() <= cell.runs[0].options.items()]
-        cells = [cell for cell in cells if len(cells) == 1 or cell.runs[0].as_published]
-        return cells[0] if len(cells) == 1 else None
-
-    def best(self, pattern: Pattern) -> set[Variant]:
-        """The lowest perplexity of a pattern and all that cannot be told apart from it; none where none was beaten."""
-        cells = [cell for cell in self.cells if cell.pattern == pattern != DENSE and cell.found]
-        return {cell.variant for cell in unbeaten(cells)}
+    def __neg__(self) -> "Difference":
+        """The other minus the one."""
+        return Difference(-self.mean, self.stderr, self.freedom)
 
 
-def unbeaten(cells: list[Cell]) -> list[Cell]:
-    """Of cells with a result the lowest and all that cannot be told apart from it; none of a single one."""
-    lowest = min(cells, key=lambda cell: cell.perplexity, default=None)
-    if lowest is None or len(cells) < 2:
-        return []
-    differences = [paired_difference(cell, lowest) for cell in cells]
-    return [cell for cell, found in zip(cells, differences, strict=True) if not (found and found.counts)]
+def cells_of(runs: list[Run]) -> pd.DataFrame:
+    """A row for each cell: table by table, pattern by pattern, method by method.
 
+    There is a table for each setting; a run that does not depend on a part of the setting stands in every table it
+    fits. A method that was not run under a pattern has a row without runs there.
 
-def build_tables(runs: list[Run]) -> list[Table]:
-    """One table for each setting; a run that does not depend on a part of the setting stands in every table it fits."""
-    runs = [run for run in runs if run.setting.evaluation]
-    rows = variants(runs)  # of all tables together, so that a row has the same name in each
-    settings = {run.setting for run in runs}
+    Returns:
+        The columns `TABLE` (facts: what holds for all its cells, in words; title: what tells it from the others; source
+        and sequences: of its calibration, 0 where all of a file are used), `CELL` (runs: those with a result first),
+        the means of `MEASURES` over the seeds, n_seeds, spread (standard deviation of the perplexity), score (less is
+        better), is_reference, delta (a `Difference` to the reference, or None) and is_best. A missing number is NaN.
+    """
+    labels = labels_of(runs)  # of all tables together, so that a row has the same name in each
+    settings = list(dict.fromkeys(run.setting for run in runs))
     whole = [one for one in settings if not any(one != other and one.agrees(other) for other in settings)]
-    tables = [_table([run for run in runs if run.setting.agrees(one)], rows) for one in whole]
-    named = ("model", "evaluation", "calibration")
-    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)  # in words: their identities tell them apart
-    for index, table in enumerate(tables):
-        alike[tuple(table.facts[name] for name in (*named, "pruned"))].append(index)
-    for indices in alike.values():
-        for name in named:
-            if len({getattr(whole[index], name) for index in indices}) > 1:
-                for index in indices:
-                    tables[index].facts[name] += f", identity {getattr(whole[index], name)}"
-    return sorted(tables, key=lambda table: list(table.facts.values()))
+    members = [[run for run in runs if run.setting.agrees(one)] for one in whole]
+    named = ("model", "evaluation", "calibration", "pruned")
+    facts = [facts_of(own, "model", "evaluation", "pruned", "calibration", "seeds", "machine") for own in members]
+    words = [[one[name] for name in named] for one in facts]
+    for setting, one, said in zip(whole, facts, words, strict=True):
+        twins = [other for other, theirs in zip(whole, words, strict=True) if theirs == said]
+        for name in named[:3]:  # those that are alike in words are told apart by their identities
+            if len({getattr(twin, name) for twin in twins}) > 1:
+                one[name] += f", identity {getattr(setting, name)}"
+    differing = [name for name in named if len({one[name] for one in facts}) > 1]
+    if len({one["model"] for one in facts}) == len(facts):
+        differing = ["model"]  # tells enough
+    rows = []
+    for number, index in enumerate(sorted(range(len(whole)), key=lambda index: list(facts[index].values()))):
+        own, first = members[index], members[index][0]
+        calibration: dict = next((run.config["calibration"] for run in own if run.calibrates), {})
+        source, sequences = calibration.get("name"), calibration.get("n_sequences") or 0
+        title = ", ".join(facts[index][name] for name in differing)
+        table = (number, facts[index], title, first.model, first.dataset, source, sequences)
+        rows += [(*table, *key, group) for key, group in _grouped(own, labels)]
+    return _measured(pd.DataFrame(rows, columns=TABLE + CELL))
 
 
-def titles(tables: list[Table]) -> list[str]:
-    """What tells each table from the others: its model, or all the facts in which they differ."""
-    alike = len({table.facts["model"] for table in tables}) == len(tables)
-    names = ["model"] if alike else ["model", "evaluation", "pruned", "calibration"]
-    differing = [name for name in names if len({table.facts[name] for table in tables}) > 1]
-    return [", ".join(table.facts[name] for name in differing or ["model"]) for table in tables]
-
-
-def variants(runs: list[Run]) -> dict[str, Variant]:
-    """The row of each run by its id: the method, and each option in which the runs of that method differ.
+def labels_of(runs: list[Run]) -> dict[str, str]:
+    """The name of each run's row, by its id: the method, and each option in which the runs of that method differ.
 
     Runs whose method has the same name and options but other code get its identity. Those that would then share row,
     pattern and seeds differ in something unknown here: they get their ids, and no mean.
     """
-    labels = {}
+    names = ["setting", "pattern", "replicate", "method_identity", "id"]
+    values = []
     for run in runs:
         same = [other.options for other in runs if other.method == run.method]
         differing = [
@@ -181,56 +100,97 @@ def variants(runs: list[Run]) -> dict[str, Variant]:
             for key, value in sorted(run.options.items())
             if any(key not in options or options[key] != value for options in same)
         ]
-        labels[run.id] = f"{run.method} ({', '.join(differing)})" if differing else run.method
-    for suffix in ("method_identity", "id"):
-        places: dict[tuple, set[str | None]] = defaultdict(set)
-        keys = {}
-        for run in runs:
-            keys[run.id] = (run.setting, labels[run.id], run.pattern, *([run.replicate] if suffix == "id" else []))
-            if (identity := getattr(run, suffix)) is not None:
-                places[keys[run.id]].add(identity)
-        for run in runs:
-            if len(places[keys[run.id]]) > 1:
-                labels[run.id] += f" [{getattr(run, suffix)}]"
-    ranks = {name: rank for rank, name in enumerate(METHOD_ORDER)}
-    return {run.id: Variant(ranks.get(run.method, len(ranks)), labels[run.id], run.method) for run in runs}
+        label = f"{run.method} ({', '.join(differing)})" if differing else run.method
+        values.append([*(getattr(run, name) for name in names), label])
+    rows = pd.DataFrame(values, columns=[*names, "label"], dtype=object)
+    for suffix, place in (("method_identity", names[:2]), ("id", names[:3])):
+        are_several = rows.groupby([*place, "label"])[suffix].transform("nunique") > 1
+        rows["label"] = rows.label.where(~are_several, rows.label + " [" + rows[suffix].map(str) + "]")
+    return dict(zip(rows.id, rows.label, strict=True))
 
 
-def paired_difference(cell: Cell, other: Cell) -> Difference | None:
-    """Mean loss of `cell` minus that of `other`, nats per token; None for a single window, which has no error.
+def find(cells: pd.DataFrame, pattern: str, method: str, options: dict[str, Any]) -> Any:
+    """The cell of a table with this method and all of these options, as a named tuple.
+
+    Of several that of the published variant. None if there is not one.
+    """
+    own = [cell for cell in cells.itertuples() if (str(cell.pattern), cell.method) == (pattern, method) and cell.runs]
+    own = [cell for cell in own if options.items() <= cell.runs[0].options.items()]
+    own = [cell for cell in own if len(own) == 1 or cell.runs[0].as_published]
+    return own[0] if len(own) == 1 else None
+
+
+def unbeaten(cells: list[Any]) -> list[bool]:
+    """Of cells with a result which are the best, or cannot be told apart from it; none where there is only one."""
+    best = min(cells, key=lambda cell: cell.score)
+    differences = [paired_difference(cell.runs, best.runs) for cell in cells]
+    return [len(cells) > 1 and not (found and found.counts) for found in differences]
+
+
+def paired_difference(ours: list[Run], theirs: list[Run]) -> Difference | None:
+    """Mean loss of one cell's runs minus that of another's; None for a single window, which has no error.
 
     Only runs of the same model contents are paired. The variance is that of the windows' differences and, where a
     method ran with several seeds, that between seeds: of the differences where both ran with the same ones, else of
     each method. None, too, where one of them still lacks the other's seeds, which would pass for one without noise.
     """
-    if not (cell.found and other.found):
+    both = [[run for run in runs if run.samples] for runs in (ours, theirs)]
+    shared = set.intersection(*({run.model_identity for run in runs} for runs in both))
+    pair = [[run for run in runs if run.model_identity in shared] for runs in both]
+    if not shared or min(map(len, pair[0][0].samples)) < 2:
         return None
-    shared = {run.model_identity for run in cell.runs} & {run.model_identity for run in other.runs}
-    ours, theirs = ([run for run in one.runs if run.model_identity in shared] for one in (cell, other))
-    if not shared or len(ours[0].losses) < 2:
+    fewer = len(shared) == 1 and max(map(len, both)) > max(map(len, pair))
+    samples = [[np.array(part) for part in zip(*(run.samples for run in runs), strict=True)] for runs in pair]
+    a, b = samples  # of the text, or of each task: (n_seeds, n_windows or n_items)
+    of_seeds = [np.mean([part.mean(axis=1) for part in parts], axis=0) for parts in samples]  # (n_seeds,)
+    replicates = [[run.replicate for run in runs] for runs in pair]
+    if replicates[0] == replicates[1] and not fewer:
+        of_seeds = [of_seeds[0] - of_seeds[1]]
+    elif any(len(runs) == 1 and runs[0].depends_on_seeds for runs in pair):
         return None
-    a, b = (np.array([run.losses for run in runs]) for runs in (ours, theirs))  # (n_seeds, n_windows)
-    fewer = len(shared) == 1 and max(len(cell.runs), len(other.runs)) > max(len(ours), len(theirs))
-    if [run.replicate for run in ours] == [run.replicate for run in theirs] and not fewer:
-        samples = [(a - b).mean(axis=1)]
-    elif any(len(runs) == 1 and runs[0].depends_on_seeds for runs in (ours, theirs)):
-        return None
-    else:
-        samples = [a.mean(axis=1), b.mean(axis=1)]
-    d = a.mean(axis=0) - b.mean(axis=0)
-    of_seeds = [(sample.var(ddof=1) / len(sample), len(sample) - 1) for sample in samples if len(sample) > 1]
-    variance = d.var(ddof=1) / len(d) + sum(v for v, _ in of_seeds)
-    uncertain = sum(v**2 / freedom for v, freedom in of_seeds)
-    return Difference(float(d.mean()), math.sqrt(variance), float(variance**2 / uncertain) if uncertain else math.inf)
+    of_windows = [x.mean(axis=0) - y.mean(axis=0) for x, y in zip(a, b, strict=True)]
+    mean = float(np.mean([d.mean() for d in of_windows]))
+    variance = sum(d.var(ddof=1) / len(d) for d in of_windows) / len(of_windows) ** 2
+    seeds = [(values.var(ddof=1) / len(values), len(values) - 1) for values in of_seeds if len(values) > 1]
+    variance += sum(v for v, _ in seeds)
+    uncertain = sum(v**2 / freedom for v, freedom in seeds)
+    return Difference(mean, math.sqrt(variance), float(variance**2 / uncertain) if uncertain else math.inf)
 
 
-def _table(runs: list[Run], rows: dict[str, Variant]) -> Table:
-    groups: dict[tuple[Pattern, Variant], list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run.replicate):
-        groups[run.pattern, rows[run.id]].append(run)
-    cells = []
-    for (pattern, variant), group in sorted(groups.items()):
-        finished = [run for run in group if run.perplexity is not None]
-        cells.append(Cell(pattern, variant, tuple(finished or group)))
-    facts = facts_of(runs, "model", "evaluation", "pruned", "calibration", "seeds", "machine")
-    return Table(facts, tuple(runs), tuple(cells))
+def _grouped(runs: list[Run], labels: dict[str, str]) -> list[tuple[tuple, list[Run]]]:
+    """The runs of each cell of a table, by pattern, rank, label and method; none where a pattern lacks a method."""
+    ranks = {name: rank for rank, name in enumerate(METHOD_ORDER)}
+    groups: dict[tuple, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (bool(run.why), run.replicate)):
+        groups[run.pattern, ranks.get(run.method, len(ranks)), labels[run.id], run.method].append(run)
+    patterns = {run.pattern for run in runs} - {DENSE}
+    tried = {(run.pattern, run.method) for run in runs}
+    for pattern, (_, *row) in itertools.product(patterns, list(groups)):
+        if row[-1] != "dense" and (pattern, row[-1]) not in tried:
+            groups[pattern, *row] = []
+    return sorted(groups.items())
+
+
+def _measured(cells: pd.DataFrame) -> pd.DataFrame:
+    """Add what the runs of each cell measured and how it compares with the others of its table and pattern."""
+    runs = cells.runs.explode()  # a row for each
+    measured = {name: [getattr(run, name, None) for run in runs] for name in MEASURES}
+    by_cell = pd.DataFrame(measured, index=runs.index, dtype=float).groupby(level=0)
+    cells = cells.join(by_cell.mean())
+    cells["spread"], cells["n_seeds"] = by_cell.perplexity.std(), by_cell.perplexity.count()
+    cells["score"] = cells.perplexity.fillna(-cells.accuracy)
+    cells["is_reference"], cells["delta"], cells["is_best"] = False, None, False
+    for _, table in cells.groupby("table"):
+        wanda = table[(table.method == "wanda") & table.runs.astype(bool)]
+        published = {row.label: row.runs[0].as_published for row in wanda.itertuples()}
+        candidates = [label for label, one in published.items() if one or len(published) == 1]
+        for pattern, own in table.groupby("pattern"):
+            is_reference = own.label.isin(candidates) & (len(candidates) == 1)
+            reference: list[Run] = next(iter(own.runs[is_reference]), [])
+            differences = [paired_difference(group, reference) for group in own.runs]
+            cells.loc[own.index, "is_reference"] = is_reference
+            cells.loc[own.index, "delta"] = pd.Series(differences, own.index, dtype=object)
+            scored = own[own.score.notna()]
+            if pattern != DENSE and len(scored):
+                cells.loc[scored.index, "is_best"] = unbeaten(list(scored.itertuples()))
+    return cells

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+
 from report.runs import Run, place_of
 
 
@@ -15,7 +17,7 @@ def model_words(run: Run) -> str:
 def evaluation_words(run: Run) -> str:
     """The text and its windows, or the tasks and their items."""
     evaluation = run.config["evaluation"]
-    if run.setting.evaluation is None:
+    if run.setting.evaluation == "none":
         return "none"
     if run.losses:
         return _text(evaluation, f"{len(run.losses)} windows", run.seq_len) + f", {run.tokens} tokens counted"
@@ -54,6 +56,18 @@ def facts_of(runs: list[Run], *names: str) -> dict[str, str]:
     missing = [run for run in runs if run.why]
     reasons = "; ".join(sorted({run.why for run in missing}))
     return facts | ({"missing": f"{len(missing)} runs: {reasons}"} if missing else {})
+
+
+def entries_of(runs: list[Run], name: str) -> pd.DataFrame:
+    """One tidy row for each entry that the record of a run has under a name: `stages` or `metrics`."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        known = {"id": run.id, "model": model_words(run), "method": run.method, "pattern": str(run.pattern)}
+        known |= {"evaluation": evaluation_words(run), "machine": machine_words(run)}
+        found = run.record[name] if run.record else []
+        entries = [{"stage": key, **stage} for key, stage in found.items()] if isinstance(found, dict) else found
+        rows += [known | {key: value for key, value in entry.items() if key != "items"} for entry in entries]
+    return pd.DataFrame(rows)
 
 
 def _seeds(runs: list[Run]) -> str:

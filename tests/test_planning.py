@@ -108,7 +108,7 @@ def test_every_layout_is_counted_whole(name):
     assert sum(planned.parameters.get(role, 0) for role in ("gate", "up", "gate_up", "down", "experts")) == mlp
     assert targeted_weights(planned, BlockPruner(WANDA)) == mlp
     units = [unit for block in blocks for unit in block.units]
-    assert sum(b.copies[unit.intermediate] for b in planned.blocks for unit in b.block.units) == len(units)
+    assert sum(b.inputs[unit.intermediate].copies for b in planned.blocks for unit in b.block.units) == len(units)
 
 
 @pytest.mark.parametrize("name", KNOWN_TOTALS)

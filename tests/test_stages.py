@@ -24,5 +24,5 @@ def test_stages():
     with pytest.raises(ZeroDivisionError), stages.measure("evaluation"):
         1 / 0  # noqa: B018
     assert list(stages.as_dict()) == ["pruning"]
-    assert stages.measured["pruning"].seconds >= 0.05
-    assert stages.measured["pruning"].peak_gpu_memory_gb is None
+    pruning = stages.as_dict()["pruning"]
+    assert pruning["seconds"] >= 0.05 and pruning["peak_memory_gb"] > 0.1 and pruning["peak_gpu_memory_gb"] is None

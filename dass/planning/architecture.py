@@ -9,39 +9,43 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dass.errors import DassError, first_line
-from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Unit
+from dass.errors import DassError, told
+from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
 from dass.pruning.layout import find_blocks
 from dass.sparsity import linear_weights
 
-ROLES = (
-    *MLP_ROLES,
-    "gate_up",
-    "experts",
-    "router",
-    *ATTENTION_ROLES,
-    "attention",
-    "embedding",
-    "head",
-    "norm",
-    "other",
-)
+ROLES = [*MLP_ROLES, "gate_up", "experts", "router", *ATTENTION_ROLES, "attention"]
+ROLES += ["embedding", "head", "norm", "other"]
 TOKEN_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 """How configs call the number of experts that each token is routed to."""
 
 
 @dataclass(frozen=True)
+class Input:
+    """What some projections of a block read; one stands for all that units of the same shapes have."""
+
+    projections: list[Projection]
+    copies: int
+    runs: float
+    """How many of the copies each token runs through, if routers are even."""
+
+    @property
+    def features(self) -> int:
+        """The width of what is read."""
+        return self.projections[0].weight.shape[1]
+
+
+@dataclass(frozen=True)
 class PlannedBlock:
-    """A decoder block without weights, in which units of the same shapes stand once."""
+    """A decoder block without weights."""
 
     block: Block
-    copies: Mapping[str, int]
-    """How many units like it the block has, by what its projections read (`Projection.reads`)."""
-    runs: Mapping[str, float]
-    """How many of these each token runs through, if routers are even; by the same."""
+    """With one unit of each shape."""
+    inputs: dict[str, Input]
+    """By `Projection.reads`."""
     attention: int
     """Weights of all matrices of attention."""
     attention_width: int
@@ -76,13 +80,10 @@ def config_from(architecture: dict[str, Any]) -> Any:
     Raises:
         DassError: no `model_type`, or one that transformers does not know.
     """
-    try:
+    advice = "give its model_type and the entries of its config.json that fix the shapes"
+    # a wrong entry can make transformers raise anything
+    with told("model.architecture is not one that transformers knows", advice, Exception):
         return AutoConfig.for_model(**architecture)
-    except Exception as error:  # a wrong entry can make transformers raise anything
-        raise DassError(
-            f"model.architecture is not one that transformers knows ({first_line(error)}): give its model_type and "
-            f"the entries of its config.json that fix the shapes."
-        ) from error
 
 
 def read_architecture(config: Any, projections: Mapping[str, str] | None = None) -> Architecture:
@@ -94,13 +95,9 @@ def read_architecture(config: Any, projections: Mapping[str, str] | None = None)
     Raises:
         DassError: the config is not one of a causal language model, or its blocks have an unknown layout.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # impossible sizes can make transformers raise anything
-        raise DassError(
-            f"{type(config).__name__} does not make a causal language model ({first_line(error)}): correct its entries."
-        ) from error
+    what = f"{type(config).__name__} does not make a causal language model"
+    with told(what, "correct its entries", Exception), torch.device("meta"):  # impossible sizes can raise anything
+        model = AutoModelForCausalLM.from_config(config)
     blocks = find_blocks(model, projections)
     experts = max(sum(unit.routed for unit in block.units) for block in blocks)
     text = config.get_text_config()
@@ -108,61 +105,58 @@ def read_architecture(config: Any, projections: Mapping[str, str] | None = None)
     if experts and not active:
         raise DassError(f"{config.model_type} does not say how many experts a token visits: set num_experts_per_tok.")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # a tied head is the embedding
-    roles = _roles_in(blocks) | {id(head.weight): "head"} | {id(embedding.weight): "embedding"}
+    by_block = [_roles_in(block) for block in blocks]
+    roles = {parameter: role for of_block in by_block for parameter, role in of_block.items()}
+    roles |= {head.weight: "head"} | {embedding.weight: "embedding"}  # a tied head is the embedding
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         other = "norm" if "Norm" in type(owner).__name__ else "other"
         other = "embedding" if isinstance(owner, nn.Embedding) else other  # of positions
-        counts[roles.get(id(parameter), other)] += parameter.numel()
+        counts[roles.get(parameter, other)] += parameter.numel()
     return Architecture(
         parameters={role: counts[role] for role in ROLES if counts[role]},
         linear=sum(weight.numel() for weight in linear_weights(model)),
-        blocks=[_planned(block, active, roles) for block in blocks],
+        blocks=[_planned(block, of_block, active) for block, of_block in zip(blocks, by_block, strict=True)],
         hidden_size=embedding.weight.shape[1],
         vocabulary=head.weight.shape[0],
         active_experts=f"{active} of {experts}" if experts else None,
     )
 
 
-def _roles_in(blocks: list[Block]) -> dict[int, str]:
-    """The roles of the matrices in all blocks, by the id of the parameter."""
-    roles: dict[int, str] = {}
-    for block in blocks:
-        mixing = set(map(id, block.mixer.parameters())) if block.mixer is not None else set()
-        for name, q in block.module.named_parameters():
-            if q.ndim == 2 and not name.endswith("bias"):
-                roles[id(q)] = "attention" if id(q) in mixing else "router"
-        known = list(block.attention.items())
-        for unit in block.units:
-            for role, p in unit.projections.items():
-                known.append(("experts" if unit.routed else "gate_up" if p.rows is not None else role, p))
-        roles |= {id(getattr(p.module, p.parameter_name)): role for role, p in known}
-    return roles
+def _roles_in(block: Block) -> dict[Tensor, str]:
+    mixing = set(block.mixer.parameters()) if block.mixer is not None else set()
+    roles: dict[Tensor, str] = {
+        parameter: "attention" if parameter in mixing else "router"
+        for name, parameter in block.module.named_parameters()
+        if parameter.ndim == 2 and not name.endswith("bias")
+    }
+    for unit in block.units:
+        for role, p in unit.projections.items():
+            part_of = "experts" if unit.routed else "gate_up" if p.rows is not None else role
+            roles[getattr(p.module, p.parameter_name)] = part_of
+    return roles | {getattr(p.module, p.parameter_name): role for role, p in block.attention.items()}
 
 
-def _planned(block: Block, active: int, roles: dict[int, str]) -> PlannedBlock:
-    """The block with one unit of each kind."""
+def _planned(block: Block, roles: dict[Tensor, str], active: int) -> PlannedBlock:
     kinds: dict[Any, list[Unit]] = {}
     for unit in block.units:
         shapes = ((role, p.weight.shape) for role, p in unit.projections.items())
         kinds.setdefault((unit.routed, *shapes), []).append(unit)
     routed = sum(unit.routed for unit in block.units)
-    copies: dict[str, int] = {p.reads: 1 for p in block.attention.values()}
-    runs: dict[str, float] = dict(copies)
-    for alike in kinds.values():
-        for p in alike[0].projections.values():
-            copies[p.reads] = len(alike)
-            runs[p.reads] = len(alike) * active / routed if alike[0].routed else len(alike)
-    matrices = [(roles.get(id(q)), q) for q in block.module.parameters()]
-    mixing = [q for role, q in matrices if role in (*ATTENTION_ROLES, "attention")]
-    last = block.attention["o"].weight if "o" in block.attention else mixing[-1] if mixing else None
+    shares: list[tuple[dict[str, Projection], int, float]] = [(block.attention, 1, 1)]
+    for first, *others in kinds.values():
+        copies = 1 + len(others)
+        shares.append((first.projections, copies, copies * active / routed if first.routed else copies))
+    inputs: dict[str, Input] = {}
+    for projections, copies, runs in shares:
+        for p in projections.values():
+            inputs.setdefault(p.reads, Input([], copies, runs)).projections.append(p)
+    mixing = [matrix for matrix, role in roles.items() if role in (*ATTENTION_ROLES, "attention")]
     return PlannedBlock(
-        replace(block, units=tuple(alike[0] for alike in kinds.values())),
-        copies,
-        runs,
-        attention=sum(q.numel() for q in mixing),
-        attention_width=0 if last is None else last.shape[1],
-        routers=sum(q.numel() for role, q in matrices if role == "router"),
+        replace(block, units=tuple(first for first, *_ in kinds.values())),
+        inputs,
+        attention=sum(matrix.numel() for matrix in mixing),
+        attention_width=mixing[-1].shape[1] if mixing else 0,  # the last one reads the values
+        routers=sum(matrix.numel() for matrix, role in roles.items() if role == "router"),
     )

@@ -5,14 +5,14 @@ dass/evaluation/perplexity.py. A multiplication with its addition is two operati
 functions and rotary embeddings are left out; attention multiplies all pairs of positions, also those that a mask hides.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dass.errors import DassError
 from dass.evaluation.perplexity import LOGITS_AT_ONCE
 from dass.models import DTYPES
 from dass.planning.architecture import Architecture, PlannedBlock
 from dass.planning.devices import Stage
-from dass.pruning.blocks import Projection
+from dass.pruning.blocks import MLP_ROLES
 from dass.pruning.masks import LARGEST_RANKED_M, NM, Pattern, Unstructured
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.statistics import HESSIAN_BLOCK
@@ -47,38 +47,15 @@ class Workload:
         """Of the calibration."""
         return self.n_sequences * self.seq_len
 
-    def passes(self, n_sequences: int) -> int:
-        """Forwards that so many sequences take."""
-        return -(-n_sequences // self.batch_size)
+    @property
+    def passes(self) -> int:
+        """Forwards that the sequences take."""
+        return -(-self.n_sequences // self.batch_size)
 
     @property
     def bytes_each(self) -> int:
         """Of a weight or an activation."""
         return DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class _Input:
-    """What the projections of a unit, or of attention, read: its statistics, and those that are pruned together."""
-
-    features: int
-    hessian: bool | None
-    """Whether with its Hessian; None where its statistics are not needed."""
-    copies: int
-    runs: float
-    targets: list[Projection]
-
-    @property
-    def bytes(self) -> int:
-        """Of `dass.pruning.statistics.InputStream`."""
-        return (
-            0 if self.hessian is None else self.copies * self.features * (self.features if self.hessian else 1) * FP32
-        )
-
-    @property
-    def weights(self) -> int:
-        """Of the targets."""
-        return sum(p.weight.numel() for p in self.targets)
 
 
 def share_removed(pattern: Pattern) -> float:
@@ -88,7 +65,8 @@ def share_removed(pattern: Pattern) -> float:
 
 def targeted_weights(model: Architecture, pruner: BlockPruner) -> int:
     """How many weights the projections hold that a method prunes, those of all experts included."""
-    return sum(b.copies[p.reads] * p.weight.numel() for b in model.blocks for p in pruner.projections(b.block))
+    chosen = [(b, p) for b in model.blocks for p in pruner.projections(b.block)]
+    return sum(b.inputs[p.reads].copies * p.weight.numel() for b, p in chosen)
 
 
 def plan_load(model: Architecture, work: Workload) -> Stage:
@@ -104,146 +82,112 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
         DassError: the pattern does not fit a layer, or there is nothing to prune.
     """
     pruner.check([b.block for b in model.blocks])
-    by_block = [_inputs(b, pruner) for b in model.blocks]
-    inputs = [one for of_block in by_block for one in of_block]
-    pruned, seen = [one for one in inputs if one.targets], [one for one in inputs if one.hessian is not None]
-    held = float(model.total * work.bytes_each)
-    stages = []
-    if seen:
+    sweeps = pruner.method.update == "obs"
+    walk, statistics = Stage("calibration walk"), Stage("statistics", in_fp32=True)
+    factorisation = Stage("factorisation", in_fp32=True)
+    selection = Stage("OBS sweep" if sweeps else "mask selection", in_fp32=sweeps)
+    choice_bytes, choice_launches = _choice(pruner.method, work)
+    largest = 0.0  # bytes of the statistics of one block
+    for b in model.blocks:
+        needs, targets = pruner.needs(b.block), pruner.projections(b.block)
+        of_block = 0.0
+        for reads, one in b.inputs.items():
+            n, copies, tokens = one.features, one.copies, one.runs * work.tokens
+            sizes = [p.weight.numel() for p in one.projections if p in targets]
+            weights, hessian = sum(sizes), needs.get(reads)
+            if hessian:  # its upper block triangle; half of it is read and written
+                products = sum(min(HESSIAN_BLOCK, n - i) * (n - i) for i in range(0, n, HESSIAN_BLOCK))
+                of_input = copies * n**2 * FP32
+                moved = work.passes * of_input + tokens * n * (work.bytes_each + 2 * FP32)
+                statistics.add(2 * tokens * products, moved)
+                of_block += of_input
+            elif hessian is not None:  # sums of squares
+                statistics.add(2 * tokens * n, tokens * n * (work.bytes_each + 4 * FP32))
+                of_block += copies * n * FP32
+            if hessian and sizes:  # Cholesky, n^3 / 3, and a solve, n^3
+                # H, damped, L, reversed, identity, factor
+                factorisation.add(copies * 4 / 3 * n**3, peak_bytes=6 * n**2 * FP32)
+            if sweeps and sizes:  # each column corrects those behind it, in blocks of `LAZY` columns
+                selection.add(
+                    copies * weights * n,
+                    # a block's product reads and writes all columns behind it, a column those behind it in its block
+                    copies * weights * (FP32 * n / LAZY + FP32 * LAZY + choice_bytes),
+                    # weights, their stack, its transpose and the result, two masks; the factor and its scaled rows
+                    weights * (4 * FP32 + 2) + 2 * n**2 * FP32,
+                    launches=copies * n * (2 + choice_launches),  # per column: where and addr_
+                )
+            elif sizes:  # hardly any arithmetic
+                # the group in fp32; scores, a temporary, ranks and masks of the largest
+                selection.add(0, copies * weights * choice_bytes, (weights + 4 * max(sizes)) * FP32)
+        largest = max(largest, of_block)
+    held, stages = float(model.total * work.bytes_each), [factorisation, selection]
+    if statistics.flops:
+        stages = [walk, statistics, *stages]
         replays = pruner.targets == "mlp" and all(b.block.mixer is not None for b in model.blocks)
+        # the first block runs once more on the first batch, see `enter_first_block`
+        _add_forward(walk, model, model.blocks[:1], replace(work, n_sequences=min(work.batch_size, work.n_sequences)))
+        _add_forward(walk, model, model.blocks, work, ends=False)
+        # for the next block's inputs; attention runs again only where it is pruned too
+        _add_forward(walk, model, model.blocks[:-1], work, mixes=not replays)
+        walk.peak_bytes = statistics.peak_bytes = _working_set(model, work)
         # the inputs of a block and, where attention is replayed in the second pass, its outputs
-        held += (2 if replays else 1) * work.tokens * model.hidden_size * work.bytes_each
-        held += max(sum(one.bytes for one in of_block) for of_block in by_block)
-        peak = held + _working_set(model, work.batch_size * work.seq_len)
-        stages.append(_walk(model, work, replays, peak))
-        stages.append(_accumulation(seen, work, peak))
-    if factored := [one for one in pruned if one.hessian]:
-        most = max(6 * one.features**2 * FP32 for one in factored)  # H, damped, L, reversed, identity, factor
-        flops = sum(one.copies * 4 / 3 * one.features**3 for one in factored)  # Cholesky, n^3 / 3, and a solve, n^3
-        stages.append(Stage("factorisation", held + most, flops, in_fp32=True))
-    if pruner.method.update == "obs":
-        return [*stages, _obs_sweep(pruned, pruner.method, work, held)]
-    # the group in fp32; scores, a temporary, ranks and masks of the largest
-    most = max(one.weights * FP32 + max(p.weight.numel() for p in one.targets) * 4 * FP32 for one in pruned)
-    moved = sum(one.copies * one.weights for one in pruned) * _selection(pruner.method.pattern, work)[0]
-    return [*stages, Stage("mask selection", held + most, moved_bytes=moved)]  # hardly any arithmetic
+        held += largest + (2 if replays else 1) * work.tokens * model.hidden_size * work.bytes_each
+    found = [stage for stage in stages if stage.flops or stage.moved_bytes]
+    return [replace(stage, peak_bytes=held + stage.peak_bytes) for stage in found]
 
 
 def plan_evaluation(model: Architecture, work: Workload, n_windows: int, seq_len: int) -> Stage:
     """Perplexity on `n_windows` of `seq_len` tokens: all blocks, and the head on every position but the last."""
     if n_windows < 1 or seq_len < 2:
         raise DassError(f"evaluation has {n_windows} windows of {seq_len} tokens: it needs at least one of two.")
-    head = model.hidden_size * model.vocabulary
-    flops, moved = _forward(model, model.blocks, n_windows, seq_len, work)
+    work = replace(work, n_sequences=n_windows, seq_len=seq_len)
     # logits in the model's dtype, in fp32, and their logarithms
     chunk = min(LOGITS_AT_ONCE, work.batch_size * seq_len * model.vocabulary) * (work.bytes_each + 2 * FP32)
-    return Stage(
-        "evaluation",
-        model.total * work.bytes_each + _working_set(model, work.batch_size * seq_len) + chunk,
-        flops + 2 * n_windows * (seq_len - 1) * head,
-        moved + work.passes(n_windows) * head * work.bytes_each,
-    )
+    stage = Stage("evaluation", model.total * work.bytes_each + _working_set(model, work) + chunk)
+    head = model.hidden_size * model.vocabulary
+    stage.add(2 * n_windows * (seq_len - 1) * head, work.passes * head * work.bytes_each)
+    _add_forward(stage, model, model.blocks, work)
+    return stage
 
 
-def _inputs(b: PlannedBlock, pruner: BlockPruner) -> list[_Input]:
-    """What is read in one block, with the projections that `BlockPruner.prune` takes together."""
-    needs, targets = pruner.needs(b.block), pruner.projections(b.block)
-    features = {p.reads: p.weight.shape[1] for p in b.block.projections}
-    return [
-        _Input(n, needs.get(reads), b.copies[reads], b.runs[reads], [p for p in targets if p.reads == reads])
-        for reads, n in features.items()
-    ]
-
-
-def _forward(
-    model: Architecture,
-    blocks: list[PlannedBlock],
-    n_sequences: int,
-    seq_len: int,
-    work: Workload,
-    mixes: bool = True,
-    ends: bool = True,
-) -> tuple[float, float]:
-    """Operations and bytes of some blocks: all products, without the mixer's unless `mixes`, down's unless `ends`.
+def _add_forward(
+    stage: Stage, model: Architecture, blocks: list[PlannedBlock], work: Workload, mixes: bool = True, ends: bool = True
+) -> None:
+    """All products of some blocks, without the mixer's unless `mixes`, down's unless `ends`.
 
     Weights are read once per forward; activations are written and read.
     """
-    tokens, passes = n_sequences * seq_len, work.passes(n_sequences)
-    flops = moved = 0.0
+    roles = MLP_ROLES if ends else MLP_ROLES[:-1]
     for b in blocks:
-        run = [p for unit in b.block.units for role, p in unit.projections.items() if ends or role != "down"]
-        rest = b.routers + (b.attention if mixes else 0)
-        flops += 2 * tokens * (rest + sum(b.runs[p.reads] * p.weight.numel() for p in run))
-        flops += 4 * tokens * seq_len * b.attention_width if mixes else 0  # queries with keys, and with values
-        weights = rest + sum(b.copies[p.reads] * p.weight.numel() for p in run)
-        moved += (passes * weights + 2 * tokens * _vectors(model, b)) * work.bytes_each
-    return flops, moved
+        run = [(b.inputs[p.reads], p.weight.numel()) for p in b.block.projections if p.role in roles]
+        dense = b.routers + (b.attention if mixes else 0)
+        mixing = 4 * work.seq_len * b.attention_width if mixes else 0  # queries with keys, and with values
+        stage.add(
+            work.tokens * (2 * (dense + sum(one.runs * weights for one, weights in run)) + mixing),
+            work.passes * (dense + sum(one.copies * weights for one, weights in run)) * work.bytes_each
+            + 2 * work.tokens * _vectors(model, b) * work.bytes_each,
+        )
 
 
 def _vectors(model: Architecture, b: PlannedBlock) -> float:
     """Elements per token inside a block, as `dass.models.batch_size_for` reckons."""
-    downs = [unit.projections["down"] for unit in b.block.units]
-    return 3 * sum(b.runs[p.reads] * p.weight.shape[1] for p in downs) + 12 * model.hidden_size
+    downs = [b.inputs[unit.intermediate] for unit in b.block.units]
+    return 3 * sum(one.runs * one.features for one in downs) + 12 * model.hidden_size
 
 
-def _working_set(model: Architecture, tokens: int) -> float:
-    """Bytes of the activations inside one block for a batch of so many tokens."""
-    return tokens * max(_vectors(model, b) for b in model.blocks) * FP32
+def _working_set(model: Architecture, work: Workload) -> float:
+    """Bytes of the activations inside one block for a batch."""
+    return work.batch_size * work.seq_len * max(_vectors(model, b) for b in model.blocks) * FP32
 
 
-def _walk(model: Architecture, work: Workload, replays: bool, peak: float) -> Stage:
-    """The forwards: up to the down projection for the statistics, then whole for the next block's inputs.
-
-    The second pass is not needed behind the last block, and repeats attention only where that is pruned too. The first
-    block runs once more on the first batch, see `enter_first_block`.
-    """
-    n, length = work.n_sequences, work.seq_len
-    parts = [
-        _forward(model, model.blocks[:1], min(work.batch_size, n), length, work),
-        _forward(model, model.blocks, n, length, work, ends=False),
-        _forward(model, model.blocks[:-1], n, length, work, mixes=not replays),
-    ]
-    return Stage("calibration walk", peak, sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
-
-
-def _accumulation(inputs: list[_Input], work: Workload, peak: float) -> Stage:
-    """The Hessians' upper block triangles, or sums of squares, over all tokens."""
-    passes = work.passes(work.n_sequences)
-    flops = moved = 0.0
-    for one in inputs:
-        tokens = one.runs * work.tokens
-        if one.hessian:
-            starts = range(0, one.features, HESSIAN_BLOCK)
-            flops += sum(2 * tokens * min(HESSIAN_BLOCK, one.features - i) * (one.features - i) for i in starts)
-            # half of the Hessian is read and written
-            moved += passes * one.bytes + tokens * one.features * (work.bytes_each + 2 * FP32)
-        else:
-            flops += 2 * tokens * one.features
-            moved += tokens * one.features * (work.bytes_each + 4 * FP32)
-    return Stage("statistics", peak, flops, moved, in_fp32=True)
-
-
-def _obs_sweep(inputs: list[_Input], method: Method, work: Workload, held: float) -> Stage:
-    """Each column corrects those behind it: out_features * in_features^2 operations, in blocks of `LAZY` columns."""
-    choice, launches = _selection(method.pattern, work)
-    chosen = method.pattern.m if isinstance(method.pattern, NM) else float(method.all_parameters()["block_size"])
-    launches = 2 + launches / chosen  # per column: where and addr_, and its part of a choice
-    return Stage(
-        "OBS sweep",
-        # weights, their stack, its transpose and the result, two masks; the factor and its scaled rows
-        held + max(one.weights * (4 * FP32 + 2) + 2 * one.features**2 * FP32 for one in inputs),
-        sum(one.copies * one.weights * one.features for one in inputs),
-        # a block's product reads and writes all columns behind it, a column those behind it in its block
-        sum(one.copies * one.weights * (FP32 * one.features / LAZY + FP32 * LAZY + choice) for one in inputs),
-        in_fp32=True,
-        launches=sum(one.copies * one.features * launches for one in inputs),
-    )
-
-
-def _selection(pattern: Pattern, work: Workload) -> tuple[float, float]:
-    """Bytes moved per weight, a rough count, and the operations of one call of `keep_most_important` in a sweep."""
+def _choice(method: Method, work: Workload) -> tuple[float, float]:
+    """Bytes moved per weight, a rough count, and the operations of choosing per column of a sweep."""
+    pattern = method.pattern
     scores = 3 * work.bytes_each + 8 * FP32  # to fp32, two operations, checks, the mask's application
+    selection, launches = 16.0 * FP32, 25.0  # the selection's passes over the scores
     if isinstance(pattern, NM) and pattern.m <= LARGEST_RANKED_M:
         pairs = (pattern.m - 1) / 2  # per weight; of each: two scores, the answer, two ranks
-        return scores + 15 * pairs, 2 * pattern.m + 3 * pattern.m * pairs + 7
-    return scores + 16 * FP32, 25  # the selection's passes over the scores
+        selection, launches = 15 * pairs, 2 * pattern.m + 3 * pattern.m * pairs + 7
+    # without a sweep there is no block size, and nothing asks for the operations
+    at_once = pattern.m if isinstance(pattern, NM) else float(method.all_parameters().get("block_size", 1))
+    return scores + selection, launches / at_once

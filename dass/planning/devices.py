@@ -56,12 +56,12 @@ DEVICES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """What one stage takes, whatever the device."""
 
     name: str
-    peak_bytes: float
+    peak_bytes: float = 0
     """The device's memory at the worst moment, weights included."""
     flops: float = 0
     moved_bytes: float = 0
@@ -71,6 +71,13 @@ class Stage:
     launches: float = 0
     """Operations too small to fill a device, one after the other."""
     disk_bytes: float = 0
+
+    def add(self, flops: float, moved_bytes: float = 0, peak_bytes: float = 0, launches: float = 0) -> None:
+        """Add a part of it, which needs the memory of its peak while it runs."""
+        self.flops += flops
+        self.moved_bytes += moved_bytes
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        self.launches += launches
 
     def seconds(self, device: Device, dtype: str) -> float:
         """The expected time: the largest of the times for arithmetic, memory, launches and disk."""

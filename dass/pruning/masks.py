@@ -90,10 +90,9 @@ def select_mask(
     if axis not in AXES:
         raise DassError(f"The group axis of {name} is '{axis}': choose one of {', '.join(AXES)}.")
     require_finite(scores, f"The importance scores of {name}", later)
-    if isinstance(pattern, NM):
-        if axis == "layer":
-            axis = "in"
-        _require_divisible(_groups(scores, axis).shape[1], pattern, axis, name)
+    if isinstance(pattern, NM) and axis == "layer":
+        axis = "in"
+    _require_divisible(scores, pattern, axis, name)
     return Mask(keep_most_important(scores, pattern, axis), pattern, axis)
 
 
@@ -115,20 +114,16 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
     Raises:
         DassError: a group keeps more or fewer weights; hardware would drop weights silently.
     """
-    width = mask.keep.shape[1]
-    if isinstance(mask.pattern, NM):
-        _require_divisible(_groups(mask.keep, mask.axis).shape[1], mask.pattern, mask.axis, name)
+    _require_divisible(mask.keep, mask.pattern, mask.axis, name)
     wrong = groups_seen = 0
-    for part in mask.keep.split(mask.column_block or width, dim=1):
+    for part in mask.keep.split(mask.column_block or mask.keep.shape[1], dim=1):
         groups = _groups(part, mask.axis)
         if isinstance(mask.pattern, NM):
-            kept = torch.stack(groups.unflatten(1, (-1, mask.pattern.m)).unbind(-1)).sum(0, dtype=torch.int32)
-            expected = mask.pattern.n
+            groups, expected = groups.reshape(-1, mask.pattern.m), mask.pattern.n
         else:
-            kept = groups.sum(1)
             expected = groups.shape[1] - math.floor(mask.pattern.ratio * groups.shape[1])
-        wrong += int((kept != expected).sum())
-        groups_seen += kept.numel()
+        wrong += int((groups.sum(1) != expected).sum())
+        groups_seen += len(groups)
     if wrong:
         raise DassError(
             f"The mask of {name} breaks its pattern {mask.pattern} along '{mask.axis}' in {wrong} of {groups_seen} "
@@ -143,8 +138,9 @@ def _groups(matrix: Tensor, axis: Axis) -> Tensor:
     return matrix.T if axis == "out" else matrix.reshape(1, -1)
 
 
-def _require_divisible(length: int, pattern: NM, axis: Axis, name: str) -> None:
-    if length % pattern.m:
+def _require_divisible(matrix: Tensor, pattern: Pattern, axis: Axis, name: str) -> None:
+    length = _groups(matrix, axis).shape[1]
+    if isinstance(pattern, NM) and length % pattern.m:
         raise DassError(
             f"{name} has {length} {axis}put features, which M={pattern.m} does not divide: "
             f"choose another pattern or leave this layer out with `exclude`."

@@ -13,6 +13,7 @@ from dass.errors import Answers, DassError, finite, require_all, require_finite
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, ROLES, Block, Projection
 from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import AXES, NM, Axis, Mask, Pattern, keep_most_important, select_mask
+from dass.pruning.products import extent_of
 from dass.pruning.registry import Entry, Value
 from dass.pruning.statistics import Statistics, Streams
 from dass.pruning.update import UPDATES, Choose, Rows
@@ -212,7 +213,8 @@ class BlockPruner:
         inverse = next(iter(statistics.inverses.values()), None)
         damping = (inverse.damping, inverse.attempts) if inverse else (None, None)
         for p, (weight, _) in zip(group, result, strict=True):
-            p.weight.copy_(weight)
+            if extent_of(weight) != extent_of(p.weight):  # else it was changed in place
+                p.weight.copy_(weight)
             require_finite(weight, f"The updated weights of {p.name}", answers)
             if weight.dtype != p.weight.dtype:
                 answers.append((_too_large(p), finite(p.weight)))

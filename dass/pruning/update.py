@@ -30,7 +30,7 @@ class Rows:
 
     name: str
     weight: Tensor
-    """The dense weights, `(out_features, in_features)`, fp32 or fp64; not to be changed in place."""
+    """The dense weights, `(out_features, in_features)`, fp32 or fp64; perhaps the model's own, may be written into."""
     largest: float
     """The largest number that the model's dtype holds."""
     pattern: Pattern
@@ -44,7 +44,7 @@ class Rows:
 @update()
 def none(group: list[Rows], statistics: Statistics) -> list[tuple[Tensor, Mask]]:
     """W'_ij = W_ij where kept, else 0."""
-    return [(rows.weight.masked_fill(~rows.mask.keep, 0), rows.mask) for rows in group if rows.mask is not None]
+    return [(rows.weight.masked_fill_(~rows.mask.keep, 0), rows.mask) for rows in group if rows.mask is not None]
 
 
 @update("hessian", positive=("damping", "block_size"))

@@ -119,7 +119,7 @@ def open_streams(block: Block, needs: Needs) -> Streams:
 
 @contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Let experts run one by one, each with a product of its own (the host waits for its tokens); put the old way back."""
+    """Let experts run one by one, each with a product of its own (the host waits for it); put the old way back."""
     if not hasattr(model, "get_experts_implementation"):
         yield
         return

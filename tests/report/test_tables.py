@@ -5,40 +5,46 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from dass.records import read_records, write_record
 from report import grid
-from report.perplexity import comparison, perplexity_grid, side_by_side
+from report.rows import comparison, perplexity_grid, side_by_side
 from report.runs import DENSE, Pattern, Run, frame_of, missing_run, runs_of
-from report.tables import Table, build_tables, paired_difference
+from report.tables import cells_of
 from tests.report.records import identify, losses, make_record, write_example
 
 STRICT, HALF = Pattern.of(None, 2, 4), Pattern.of(0.5, None, None)
 
 
-def to_markdown(tables: list[Table]) -> str:
-    return grid.to_markdown([perplexity_grid(table) for table in tables])
+def to_markdown(cells: pd.DataFrame) -> str:
+    return grid.to_markdown([perplexity_grid(table) for _, table in cells.groupby("table")])
 
 
-def to_latex(tables: list[Table]) -> str:
-    return grid.to_latex([perplexity_grid(table) for table in tables])
+def to_latex(cells: pd.DataFrame) -> str:
+    return grid.to_latex([perplexity_grid(table) for _, table in cells.groupby("table")])
 
 
-def labels(variants: Any) -> set[str]:
-    return {variant.label for variant in variants}
+def best(cells: pd.DataFrame, pattern: Pattern) -> set[str]:
+    return set(cells[cells.is_best & (cells.pattern == pattern)].label)
 
 
-def rows_of(table: Table) -> list[tuple[str, str]]:
-    return [(str(pattern), variant.label) for pattern, variant in table.rows()]
+def rows_of(cells: pd.DataFrame) -> list[tuple[str, str]]:
+    return [(str(cell.pattern), cell.label) for cell in cells.itertuples()]
 
 
-def table_of(*records: dict) -> Table:
-    (table,) = build_tables(runs_of(list(records)))
-    return table
+def table_of(*records: dict) -> pd.DataFrame:
+    cells = cells_of(runs_of(list(records)))
+    assert cells.table.nunique() == 1
+    return cells
+
+
+def members(cells: pd.DataFrame) -> list[list[str]]:
+    """The runs of each table."""
+    return sorted(sorted(run.id for runs in table.runs for run in runs) for _, table in cells.groupby("table"))
 
 
 def markdown_rows(markdown: str) -> dict[tuple[str, str], list[str]]:
@@ -56,7 +62,7 @@ def example_runs(folder: Path) -> list[Run]:
 
 def test_numbers_of_a_row() -> None:
     wanda, dass = losses(0.4, 0.02), losses(0.25, 0.03)
-    markdown = to_markdown([table_of(make_record("w", "wanda", wanda), make_record("d", "dass", dass))])
+    markdown = to_markdown(table_of(make_record("w", "wanda", wanda), make_record("d", "dass", dass)))
 
     difference = dass - wanda
     perplexity = np.exp(dass.mean())
@@ -75,12 +81,12 @@ def test_numbers_of_a_row() -> None:
 
 
 def test_a_clear_win_is_bold_alone_and_a_draw_is_not_called_a_win(tmp_path: Path) -> None:
-    (table,) = build_tables(example_runs(tmp_path))
-    assert labels(table.best(STRICT)) == {"dass"}
-    assert labels(table.best(HALF)) == {"dass", "sparsegpt"}
-    bold = {key for key, row in markdown_rows(to_markdown([table])).items() if "**" in row[0]}
+    table = cells_of(example_runs(tmp_path))
+    assert best(table, STRICT) == {"dass"}
+    assert best(table, HALF) == {"dass", "sparsegpt"}
+    bold = {key for key, row in markdown_rows(to_markdown(table)).items() if "**" in row[0]}
     assert bold == {("2:4", "dass"), ("50%", "dass"), ("50%", "sparsegpt")}
-    assert to_latex([table]).count(r"\textbf{") == 3
+    assert to_latex(table).count(r"\textbf{") == 3
 
 
 @pytest.mark.parametrize(("ratio", "draw"), [(1.9, True), (2.1, False)])
@@ -90,23 +96,24 @@ def test_two_standard_errors_are_the_border(ratio: float, draw: bool) -> None:
     stderr = noise.std(ddof=1) / 4
     wanda, dass = losses(0.0), losses(0.0) + noise - ratio * stderr
     table = table_of(make_record("w", "wanda", wanda), make_record("d", "dass", dass))
-    assert labels(table.best(STRICT)) == ({"wanda", "dass"} if draw else {"dass"})
-    assert markdown_rows(to_markdown([table]))["2:4", "dass"][1].startswith("≈") == draw
+    assert best(table, STRICT) == ({"wanda", "dass"} if draw else {"dass"})
+    assert markdown_rows(to_markdown(table))["2:4", "dass"][1].startswith("≈") == draw
 
 
 def test_a_single_window_tells_nothing_apart() -> None:
     records = [make_record(name, name, losses(shift, n=1)) for name, shift in (("wanda", 0.9), ("dass", 0.1))]
     table = table_of(*records)
-    assert labels(table.best(STRICT)) == {"wanda", "dass"}
-    assert markdown_rows(to_markdown([table]))["2:4", "dass"][:2] == [f"**{np.exp(3.1):.2f}**", "—"]
+    assert best(table, STRICT) == {"wanda", "dass"}
+    assert markdown_rows(to_markdown(table))["2:4", "dass"][:2] == [f"**{np.exp(3.1):.2f}**", "—"]
 
 
 def test_one_method_alone_has_beaten_nothing() -> None:
-    assert table_of(make_record("d", "dass", losses(0.1)), make_record("0", "dense", losses(0))).best(STRICT) == set()
+    alone = table_of(make_record("d", "dass", losses(0.1)), make_record("0", "dense", losses(0)))
+    assert not alone.is_best.any()
 
 
 def test_a_cell_that_was_not_run_is_missing_and_not_zero(tmp_path: Path) -> None:
-    markdown = to_markdown(build_tables(example_runs(tmp_path)))
+    markdown = to_markdown(cells_of(example_runs(tmp_path)))
     assert markdown_rows(markdown)["50%", "magnitude"] == ["—"] * 5
     assert markdown_rows(markdown)["dense", "dense"][1:] == ["—"] * 4
 
@@ -136,13 +143,13 @@ def test_seeds_are_averaged_and_their_spread_is_told() -> None:
     records += [make_record(f"w{seed}", "wanda", wanda, seed=seed) for seed in (5, 6)]
     table = table_of(*records)
     perplexities = np.exp([each.mean() for each in seeds])
-    perplexity, delta, *_ = markdown_rows(to_markdown([table]))["2:4", "dass"]
+    perplexity, delta, *_ = markdown_rows(to_markdown(table))["2:4", "dass"]
     assert f"{perplexities.mean():.2f} ±" in perplexity
     assert f"(3 seeds, sd {perplexities.std(ddof=1):.2f})" in perplexity
     difference = np.mean(seeds, axis=0) - wanda
     stderr = np.sqrt(difference.var(ddof=1) / 16 + 0.1**2 / 3)  # windows and seeds
     assert delta == f"≈ +{difference.mean():.4f} ± {stderr:.4f}"
-    assert table.facts["seeds"] == "0, 1, 2, 5, 6"
+    assert table.facts.iloc[0]["seeds"] == "0, 1, 2, 5, 6"
 
 
 def test_overrides_get_rows_of_their_own() -> None:
@@ -153,19 +160,23 @@ def test_overrides_get_rows_of_their_own() -> None:
         for i, axis in enumerate(axes)
     ]
     expected = {f"dass (alpha={alpha}, axis.gate={gate})" for alpha in (0.25, 0.5) for gate in ("in", "out")}
-    assert labels(table_of(*records).variants) == expected
+    assert set(table_of(*records).label) == expected
 
 
 def test_runs_that_differ_in_something_unknown_are_not_averaged() -> None:
     table = table_of(make_record("a", "dass", losses(0.1)), make_record("b", "dass", losses(0.9)))
-    assert [cell.variant.label for cell in table.cells] == ["dass [a]", "dass [b]"]
+    assert list(table.label) == ["dass [a]", "dass [b]"]
 
 
 def test_the_reference_is_the_published_wanda_among_its_variants() -> None:
     options = [{"axis": {"gate": gate}, "update": "none"} for gate in ("in", "out")]
     inside, outside = (make_record(str(i), "wanda", losses(0.1), **given) for i, given in enumerate(options))
-    both, alone = table_of(inside, outside).reference(STRICT), table_of(outside).reference(STRICT)
-    assert both and alone and (both.variant.label, alone.variant.label) == ("wanda (axis.gate=in)", "wanda")
+    both, alone = table_of(inside, outside), table_of(outside)
+    assert list(both[both.is_reference].label) == ["wanda (axis.gate=in)"]
+    assert list(alone[alone.is_reference].label) == ["wanda"]
+    records = [inside, make_record("h", "wanda", losses(0.2), "50%", **options[1])]
+    mixed = table_of(*records, make_record("d", "dass", losses(0.1), "50%"))
+    assert list(mixed[mixed.is_reference].pattern) == [STRICT] and mixed[mixed.pattern == HALF].delta.isna().all()
 
 
 def test_dense_and_magnitude_stand_in_every_table_whose_calibration_they_do_not_use() -> None:
@@ -173,12 +184,11 @@ def test_dense_and_magnitude_stand_in_every_table_whose_calibration_they_do_not_
     repaired = make_record("r", "magnitude", losses(1), update="obs")
     short, long = make_record("a", "wanda", losses(0.2)), make_record("b", "wanda", losses(0.1))
     long["config"]["calibration"]["n_sequences"] = 128
-    tables = build_tables(runs_of([dense, magnitude, repaired, short, identify(long)]))
-    members = sorted(sorted(run.id for cell in table.cells for run in cell.runs) for table in tables)
-    assert members == [["0", "a", "m", "r"], ["0", "b", "m"]]
-    headers = list(side_by_side(tables).frame)[2:]
+    cells = cells_of(runs_of([dense, magnitude, repaired, short, identify(long)]))
+    assert members(cells) == [["0", "a", "m", "r"], ["0", "b", "m"]]
+    headers = list(side_by_side(cells).frame)[2:]
     assert len(set(headers)) == 2 and all("sequences" in header for header in headers)
-    assert grid.to_latex([side_by_side(tables)]).count(r"\begin{tabular}{llrr}") == 1
+    assert grid.to_latex([side_by_side(cells)]).count(r"\begin{tabular}{llrr}") == 1
 
 
 @pytest.mark.parametrize(
@@ -203,21 +213,21 @@ def test_dense_and_magnitude_stand_in_every_table_whose_calibration_they_do_not_
 )
 def test_another_setting_makes_another_table(change: dict) -> None:
     one, other = make_record("a", "wanda", losses(0.2)), make_record("b", "dass", losses(0.1))
-    assert len(build_tables(runs_of([one, other]))) == 1
+    assert members(cells_of(runs_of([one, other]))) == [["a", "b"]]
     other["config"] |= change
-    assert len(build_tables(runs_of([one, identify(other)]))) == 2
+    assert members(cells_of(runs_of([one, identify(other)]))) == [["a"], ["b"]]
 
 
 def test_broken_and_foreign_files_are_named_and_change_no_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = to_markdown(build_tables(example_runs(tmp_path)))
+    before = to_markdown(cells_of(example_runs(tmp_path)))
     (tmp_path / "cut.json").write_text('{"id": "cut", "config"')
     (tmp_path / "foreign.json").write_text('{"name": "package"}')
     (tmp_path / "copy.json").write_text((tmp_path / "4d.json").read_text())
     for run_id, change in (("hollow", {"config": {}}), ("edited", {"windows": [1.0] * 16})):
         write_record(tmp_path, make_record(run_id, "dass", losses(0)) | change)
-    assert to_markdown(build_tables(runs_of(read_records(tmp_path)))) == before
+    assert to_markdown(cells_of(runs_of(read_records(tmp_path)))) == before
     named = capsys.readouterr().err
     assert all(name in named for name in ("cut.json", "foreign.json", "copy.json", "hollow", "edited"))
     assert len(named.splitlines()) == 5
@@ -241,7 +251,7 @@ def test_columns_have_one_type_each(tmp_path: Path) -> None:
 def test_latex_escapes_what_latex_would_read() -> None:
     name = "a_b&c#$~^"
     records = [make_record(method, method, losses(0.1), "50%", model=name) for method in ("wanda", "da_ss")]
-    latex = to_latex([table_of(*records)])
+    latex = to_latex(table_of(*records))
     assert r"a\_b\&c\#\$\textasciitilde{}\textasciicircum{} (float32)" in latex
     assert r"50\% & da\_ss &" in latex
     assert latex.isascii()
@@ -254,15 +264,15 @@ def test_latex_escapes_what_latex_would_read() -> None:
 def test_comparison_with_committed_records(tmp_path: Path) -> None:
     here = [make_record("a", "wanda", losses(0.1)), make_record("b", "dass", losses(0.2))]
     committed = [make_record("a", "wanda", losses(0.1) - 1e-5)]
-    rows = [line.split("|") for line in comparison(runs_of(here), runs_of(committed)).splitlines()[2:]]
-    assert [cell.strip() for cell in rows[0][3:-1]] == [
+    rows = {row[0]: row[2:] for row in comparison(runs_of(here), runs_of(committed)).frame.values.tolist()}
+    assert rows["a"] == [
         "wanda",
         "2:4",
         f"{np.exp(losses(0.1).mean()):.4f}",
         f"{np.exp(losses(0.1).mean() - 1e-5):.4f}",
         "+0.001 %",
     ]
-    assert rows[1][-2].strip() == "no committed record"
+    assert rows["b"][-2:] == ["—", "no committed record"]
 
 
 @pytest.mark.parametrize("part", ["model", "evaluation"])
@@ -270,57 +280,23 @@ def test_other_contents_under_the_same_name_are_never_averaged_nor_compared(part
     """A text edited between two runs, a checkpoint overwritten between two seeds."""
     wanda, dass = make_record("w", "wanda", losses(0.2)), make_record("d", "dass", losses(0.1))
     again = identify(make_record("e", "dass", losses(0.3), seed=1), **{part: "edited"})
-    tables = build_tables(runs_of([wanda, dass, again]))
-    assert sorted(len(table.runs) for table in tables) == [1, 2]
-    facts = [table.facts[part] for table in tables]
+    cells = cells_of(runs_of([wanda, dass, again]))
+    assert members(cells) == [["d", "w"], ["e"]]
+    facts = [table.facts.iloc[0][part] for _, table in cells.groupby("table")]
     assert len(set(facts)) == 2 and all("identity " in text for text in facts)
 
 
 def test_the_same_contents_at_another_place_are_compared() -> None:
     one, other = make_record("a", "wanda", losses(0.2)), make_record("b", "dass", losses(0.1))
     other["config"]["model"] |= {"path": "/elsewhere"}
-    (table,) = build_tables(runs_of([one, other]))
-    assert labels(table.best(STRICT)) == {"dass"}
-
-
-def trained(run_id: str, method: str, shift: float, seed: int, machine: str = "A", noise: float = 0.0) -> dict:
-    record = make_record(run_id, method, losses(shift, noise))
-    record["config"]["model"] |= {"trained": {"activation": "silu", "seed": seed}}
-    return identify(record, model=machine)
-
-
-def test_trainings_of_one_design_are_replicates_paired_within_the_same_model() -> None:
-    """On two machines with two seeds each; the models differ far more than the methods on each of them."""
-    models = [(0, "A", 0.0), (1, "A", 0.9), (0, "B", -0.5), (1, "B", 0.3)]
-    gains = [0.10, 0.12, 0.09, 0.11]
-    records = [trained(f"w{s}{m}", "wanda", shift, s, m) for s, m, shift in models]
-    records += [
-        trained(f"d{s}{m}", "dass", shift - gain, s, m) for (s, m, shift), gain in zip(models, gains, strict=True)
-    ]
-    (table,) = build_tables(runs_of(records))
-    wanda, dass = (table.find("2:4", name, {}) for name in ("wanda", "dass"))
-    assert wanda and dass and len(wanda.runs) == len(dass.runs) == 4 and len(table.cells) == 2
-    difference = paired_difference(dass, wanda)
-    assert difference and difference.mean == pytest.approx(-np.mean(gains))
-    assert difference.stderr == pytest.approx(np.std(gains, ddof=1) / 2, rel=1e-6) and difference.freedom == 3
-    assert table.facts["seeds"] == "0 (of the models' training: 0, 1)"
-
-
-def test_methods_that_ran_on_other_trainings_are_not_compared() -> None:
-    (table,) = build_tables(runs_of([trained("w", "wanda", 0.2, 0, "A"), trained("d", "dass", 0.1, 0, "B")]))
-    wanda, dass = (table.find("2:4", name, {}) for name in ("wanda", "dass"))
-    assert wanda and dass and paired_difference(dass, wanda) is None
-    partly = [trained(f"w{m}", "wanda", 0.2, 0, m) for m in "AB"] + [trained("d", "dass", 0.1, 0, "A")]
-    (table,) = build_tables(runs_of(partly))
-    wanda, dass = (table.find("2:4", name, {}) for name in ("wanda", "dass"))
-    assert wanda and dass and paired_difference(dass, wanda) is None
+    table = table_of(one, other)
+    assert best(table, STRICT) == {"dass"}
 
 
 def test_an_edited_equation_is_another_row() -> None:
     records = [make_record(f"d{seed}", "dass", losses(0.1 + seed), seed=seed) for seed in (0, 1)]
     records[1]["identity"]["method"] = "edited"
-    (table,) = build_tables(runs_of(records))
-    assert [variant.label for variant in table.variants] == [
+    assert list(table_of(*records).label) == [
         f"dass [{records[0]['identity']['method']}, numerics 1]",
         "dass [edited, numerics 1]",
     ]
@@ -329,17 +305,19 @@ def test_an_edited_equation_is_another_row() -> None:
 def test_a_missing_run_stands_where_it_would_and_says_why() -> None:
     found = runs_of([make_record("w", "wanda", losses(0.2)), make_record("0", "dense", losses(0))])
     config = make_record("d", "dass", losses(0.1), alpha=0.5)["config"]
-    (table,) = build_tables([*found, missing_run("d", config, True, "out of memory", found)])
-    assert table.facts["missing"] == "1 runs: out of memory" and table.facts["model"] == "toy (float32)"
-    assert markdown_rows(to_markdown([table]))["2:4", "dass"] == ["—"] * 5
+    table = cells_of([*found, missing_run("d", config, True, "out of memory", found)])
+    facts = table.facts.iloc[0]
+    assert table.table.nunique() == 1
+    assert facts["missing"] == "1 runs: out of memory" and facts["model"] == "toy (float32)"
+    assert markdown_rows(to_markdown(table))["2:4", "dass"] == ["—"] * 5
 
 
 def test_a_failed_evaluation_is_a_missing_cell() -> None:
     failed = make_record("d", "dass", losses(0.1)) | {"metrics": [], "windows": []}
     failed["failed"] = {"evaluation": "the text is gone"}
-    (table,) = build_tables(runs_of([make_record("w", "wanda", losses(0.2)), failed]))
-    assert table.facts["missing"] == "1 runs: the text is gone"
-    assert markdown_rows(to_markdown([table]))["2:4", "dass"][0] == "—"
+    table = table_of(make_record("w", "wanda", losses(0.2)), failed)
+    assert table.facts.iloc[0]["missing"] == "1 runs: the text is gone"
+    assert markdown_rows(to_markdown(table))["2:4", "dass"][0] == "—"
 
 
 def test_patterns_are_values_in_order_from_the_freest_to_the_strictest() -> None:

@@ -198,21 +198,25 @@ def test_too_little_text_and_a_loss_that_is_not_finite():
 def test_a_trained_model_is_a_whole_folder(texts):
     with pytest.raises(DassError, match=r"swiglu_seed0-\w{16} is not in the cache: train it first with `python -m exp"):
         tiny.trained_model(TOY)
-    training = tiny.train(TOY)
+    ended = tiny.train(TOY)
     folder = tiny.trained_model(TOY)
-    assert folder == training.folder and [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     stream = tiny.token_stream(tiny.training_documents(), tiny.train_tokenizer(tiny.training_documents(), 300))
     expected, losses = tiny.fit(TOY, stream)
-    assert same(weights_of(model), weights_of(expected)) and training.loss == losses[-1]
+    assert same(weights_of(model), weights_of(expected)) and model.config.dtype == torch.float32
 
     text = "".join(tiny.BOUNDARY + article for article in ARTICLES[:100])
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     windows = tokens[: len(tokens) // 16 * 16].view(-1, 16)[-16:]
-    assert training.held_out.value == pytest.approx(perplexity(model, [windows]).value, rel=1e-5)
+    held_out = perplexity(model, [windows]).value
+    assert ended == (
+        f"training loss {losses[-1]:.3f}, held-out loss {math.log(held_out):.3f} (perplexity {held_out:.1f})"
+    )
     card = (folder / "README.md").read_text()
-    assert f"After 8 steps, 256 tokens: {training.summary()}." in card and "- seed: 0\n" in card
+    assert f"After 8 steps, 256 tokens: {ended}." in card and "- seed: 0\n" in card
+    assert "16 windows of 16 tokens" in card
 
 
 def test_a_failed_training_leaves_nothing(texts, monkeypatch):
@@ -243,12 +247,12 @@ def test_every_field_is_in_the_identity():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"activation": "gelu"}, "activation=gelu is unknown: choose silu, gelu_pytorch_tanh, relu"),
+        ({"activation": "gelu"}, "activation=gelu must be one of silu, gelu_pytorch_tanh, relu"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"vocab_size": 256}, "vocab_size=256 must be at least 257"),
         ({"seq_len": 1}, "seq_len=1 must be at least 2"),
         ({"heads": 16}, "hidden_size=16 must be a multiple of 2 x heads=16"),
-        ({"warmup": 9}, "warmup=9 must lie between 0 and steps=8"),
+        ({"warmup": 9}, "warmup=9 must be between 0 and steps=8"),
         ({"learning_rate": math.nan}, "learning_rate=nan must be a finite number above 0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must be a finite number of at least 0"),
     ],

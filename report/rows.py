@@ -1,0 +1,237 @@
+"""The tables: what a row of each shows. Perplexity, calibration sets, time, accuracy; and beside other numbers."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dass.errors import DassError
+from report.grid import MISSING, Grid, grid_of, marked, number
+from report.runs import Run
+from report.tables import find, labels_of, paired_difference
+from report.words import facts_of, machine_words, model_words
+
+BOLD_LEGEND = (
+    "apart from it (paired difference of the loss within two standard errors, or within Student's quantile of them "
+    "where they come from few seeds); several in bold are a draw. "
+)
+LEGEND = (
+    "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "
+    f"{BOLD_LEGEND}≈: cannot be told apart from the reference by the same rule. Δ loss: nats per token; ratio: of the "
+    "perplexities. Targeted, all linear: share of zeros in the targeted weights, in all linear ones. "
+    f"{MISSING}: not run, or does not apply."
+)
+SIDE_BY_SIDE_LEGEND = (
+    f"Perplexity. Bold: the lowest of a pattern and every other that cannot be told {BOLD_LEGEND}{MISSING}: not run."
+)
+CALIBRATION_LEGEND = (
+    "Perplexity: mean over the seeds, ± one standard error over windows. Δ loss: nats per token, with a standard error "
+    "over windows and seeds, paired in both; ≈: within two of them, or Student's quantile where there are few seeds. "
+    f"{MISSING}: not run, or not with all seeds yet."
+)
+TIME_LEGEND = (
+    "Seconds by stage: reading the model, drawing the calibration tokens, and the walk over the blocks; peak memory of "
+    "the walk: resident on the host, and allocated on the GPU where there is one. One run each, so that a few per cent "
+    f"are noise. Ratio: where Wanda ran on the same machine. {MISSING}: there is no such stage, or the run is missing."
+)
+ACCURACY_LEGEND = (
+    "Accuracy in %, 0-shot, ± one standard error over items. Δ mean: difference of the mean to Wanda's, with the "
+    "standard error of the paired difference over items; ≈: within two of them, no win. Bold: the highest mean of a "
+    f"pattern and every other within two standard errors of it. {MISSING}: not run."
+)
+PUBLISHED_LEGEND = (
+    "A published number is comparable where data, sequence length and pruned projections agree (the dense model prunes "
+    f"none). {MISSING}: not run here."
+)
+DATASETS = {"wikitext2": "wikitext2-test"}  # what our evaluations are called in the publications' file
+COLUMNS = ["metric", "dataset", "model", "method", "pattern", "value", "seq_len", "targets", "source"]
+STAGES = ("load", "calibration", "pruning")
+Changed = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the options of a cell to those that are others in the cell that it is compared with; none: with no cell."""
+
+
+def perplexity_grid(table: pd.DataFrame, header: str = "", changed: Changed | None = None, same: str = MISSING) -> Grid:
+    """One table in full: perplexity, paired difference to Wanda, ratio, sparsity.
+
+    Args:
+        header, changed: of one more column, the difference to the same method with other options.
+        same: what stands there for a cell that has them already.
+    """
+
+    def counterpart(cell: Any) -> str:
+        others = changed(cell.runs[0].options) if changed and cell.runs else {}
+        other = find(table, str(cell.pattern), cell.method, cell.runs[0].options | others) if others else None
+        if other is None or math.isnan(cell.score):
+            return MISSING
+        return same if other.Index == cell.Index else marked(paired_difference(cell.runs, other.runs), "+.4f")
+
+    def row(cell: Any) -> dict[str, str]:
+        seeds = f" ({cell.n_seeds} seeds, sd {cell.spread:.2f})" if cell.n_seeds > 1 else ""
+        ratio = math.exp(cell.delta.mean) if cell.delta else math.nan
+        return {
+            "Perplexity": number(cell.perplexity, ".2f", cell.stderr) + seeds,
+            "Δ loss to Wanda": to_reference(cell, "+.4f"),
+            **({header: counterpart(cell)} if changed else {}),
+            "Ratio": "1" if cell.is_reference and cell.n_seeds else number(ratio, ".3f"),
+            "Targeted": number(cell.sparsity_targeted, ".1%"),
+            "All linear": number(cell.sparsity_linear, ".1%"),
+        }
+
+    facts = table.facts.iloc[0]
+    return grid_of(f"Perplexity of {facts['model']}, {table.dataset.iloc[0]}", table, row, facts, LEGEND, "Perplexity")
+
+
+def to_reference(cell: Any, form: str) -> str:
+    """The difference of a cell to the reference; of what was not run none."""
+    return "reference" if cell.is_reference and not math.isnan(cell.score) else marked(cell.delta, form)
+
+
+def side_by_side(cells: pd.DataFrame) -> Grid:
+    """The perplexities of several tables in one, a column for each."""
+    titles = list(cells.title.unique())
+    both = cells.pivot(index=["pattern", "rank", "label"], columns="title", values=["perplexity", "is_best"])
+    texts = both.perplexity[titles].map(lambda value: number(value, ".2f"))
+    best = both.is_best[titles].eq(True).to_numpy().nonzero()
+    names = pd.DataFrame({"Pattern": [str(key[0]) for key in both.index], "Method": [key[2] for key in both.index]})
+    bold = frozenset((int(row), int(column) + 2) for row, column in zip(*best, strict=True))
+    return Grid("All models", names.join(texts.reset_index(drop=True)), legend=SIDE_BY_SIDE_LEGEND, bold=bold)
+
+
+def calibration_grid(cells: pd.DataFrame) -> Grid:
+    """All calibration sets of one model; a row for each set and method."""
+    runs = list({run.id: run for group in cells.runs for run in group}.values())
+    dense, pruned = cells[cells.method == "dense"], cells[cells.method != "dense"]
+    rows = [
+        {
+            "Calibration text": cell.source,
+            "Method": cell.label,
+            "Sequences": str(cell.sequences),
+            "Seeds": str(cell.n_seeds),
+            "Perplexity": number(cell.perplexity, ".2f", cell.stderr),
+            "sd over seeds": number(cell.spread, ".2f"),
+            "Δ loss to Wanda": to_reference(cell, "+.4f"),
+        }
+        for cell in pruned.itertuples()
+    ]
+    lengths = {run.config["calibration"]["seq_len"] or "all" for run in runs if run.calibrates}
+    facts = {key: cells.facts.iloc[0][key] for key in ("model", "evaluation", "pruned")}
+    facts["pattern"] = ", ".join(map(str, sorted(pruned.pattern.unique())))
+    facts["sequence length"] = ", ".join(sorted(map(str, lengths)))
+    facts["dense"] = number(dense.perplexity.mean(), ".2f")
+    title = f"Perplexity of {facts['model']} by calibration set"
+    return Grid(title, pd.DataFrame(rows), facts | facts_of(runs, "machine"), CALIBRATION_LEGEND)
+
+
+def time_grid(table: pd.DataFrame) -> Grid:
+    """Seconds and memory."""
+    references = {cell.pattern: cell for cell in table[table.is_reference].itertuples() if cell.runs}
+
+    def row(cell: Any) -> dict[str, str]:
+        stages = [run.record["stages"] for run in cell.runs if run.record]
+        wanda: Any = references.get(cell.pattern)
+        alike = wanda and cell.runs and machine_words(cell.runs[0]) == machine_words(wanda.runs[0])
+        return {
+            **{f"{name} [s]": number(_mean(stages, name, "seconds"), ".1f") for name in STAGES},
+            "Ratio to Wanda": number(cell.pruning_seconds / wanda.pruning_seconds, ".2f") if alike else MISSING,
+            "Memory [GB]": number(_mean(stages, "pruning", "peak_memory_gb"), ".2f"),
+            "GPU [GB]": number(_mean(stages, "pruning", "peak_gpu_memory_gb"), ".2f"),
+        }
+
+    return grid_of(
+        f"Pruning time of {table.facts.iloc[0]['model']}", table, row, _facts(table, "calibration"), TIME_LEGEND
+    )
+
+
+def zero_shot_grid(table: pd.DataFrame) -> Grid:
+    """Accuracies, all on the same items."""
+    sizes = {task: metric["n"] for runs in table.runs for run in runs for task, metric in run.accuracies.items()}
+
+    def row(cell: Any) -> dict[str, str]:
+        found, shown = [run.accuracies for run in cell.runs], {}
+        for task, n in sizes.items():
+            value, stderr = (100 * _mean(found, task, key) for key in ("value", "stderr"))
+            shown[f"{task} (n = {n})"] = number(value, ".1f", stderr)
+        return shown | {"Δ mean to Wanda": to_reference(cell, "+.1f")}
+
+    gained = table.assign(delta=[lost and -lost for lost in table.delta])
+    title = f"Zero-shot accuracy of {table.facts.iloc[0]['model']}"
+    bold = f"mean (n = {sizes['mean']})" if sizes else None
+    return grid_of(title, gained, row, _facts(table, "evaluation"), ACCURACY_LEGEND, bold)
+
+
+def read_published(folder: Path) -> pd.DataFrame:
+    """The perplexities of all CSV files of `results/published`; an unknown cell is empty and left out.
+
+    Raises:
+        DassError: a file cannot be read, lacks a column, or holds a value that is no number; names it.
+    """
+    frames = [pd.DataFrame(columns=COLUMNS)]
+    for path in sorted(folder.glob("*.csv")):
+        try:
+            rows = pd.read_csv(path)
+            if missing := [column for column in COLUMNS if column not in rows]:
+                raise DassError(f"{path} has no column {missing[0]}: the columns are {', '.join(COLUMNS)}.")
+            rows["value"], rows["seq_len"] = pd.to_numeric(rows["value"]), pd.to_numeric(rows["seq_len"])
+        except ValueError as error:  # pandas' own errors among them
+            raise DassError(f"{path} is not a table of published numbers ({error}): correct it.") from error
+        frames.append(rows[(rows["metric"] == "perplexity") & rows["value"].notna()][COLUMNS])
+    return pd.concat([frame for frame in frames if len(frame)] or frames, ignore_index=True)
+
+
+def beside_published(cells: pd.DataFrame, published: pd.DataFrame) -> list[Grid]:
+    """Our perplexity, found or missing, beside each published one of the same cell; no grid where there is none."""
+    rows = []
+    for _, table in cells.groupby("table", sort=False):
+        for theirs in published[published["model"] == table.model.iloc[0]].itertuples():
+            cell = find(table, theirs.pattern, theirs.method, {})  # of several variants of it, the one as published
+            if cell is not None:
+                run = cell.runs[0]
+                row = {"Model": theirs.model, "Method": cell.label, "Pattern": theirs.pattern}
+                row["Our perplexity"] = number(cell.perplexity, ".2f")
+                row["Published perplexity"] = f"{theirs.value:g}"
+                row["Ours: data, length, targets"] = f"{run.dataset}, {run.seq_len}, {run.setting.pruned or 'none'}"
+                row["Published: data, length, targets"] = f"{theirs.dataset}, {theirs.seq_len}, {theirs.targets}"
+                rows.append(row | {"Comparable": _comparable(theirs, run), "Source": theirs.source})
+    frame = pd.DataFrame(rows).drop_duplicates(ignore_index=True)
+    return [Grid("Beside published numbers", frame, legend=PUBLISHED_LEGEND, words=3)] if rows else []
+
+
+def comparison(runs: list[Run], committed: list[Run]) -> Grid:
+    """Each run with a perplexity beside the committed one of the same identity."""
+    before = {run.id: run.perplexity for run in committed}
+    labels = labels_of(runs)
+    rows = []
+    for run in sorted(runs, key=lambda run: (run.model, run.pattern, labels[run.id])):
+        if run.perplexity is not None:
+            value = before.get(run.id)
+            row = {"Run": run.id, "Model": model_words(run), "Method": labels[run.id], "Pattern": str(run.pattern)}
+            row |= {"Perplexity here": f"{run.perplexity:.4f}", "Committed": number(value, ".4f")}
+            change = "no committed record" if value is None else f"{100 * (run.perplexity / value - 1):+.3f} %"
+            rows.append(row | {"Difference": change})
+    return Grid("Compared with the committed records", pd.DataFrame(rows), words=4)
+
+
+def _mean(found: list[dict[str, Any]], name: str, key: str) -> float:
+    """The mean over several runs of what each has under a name, where it has it; else NaN."""
+    values = [entries[name].get(key) for entries in found if name in entries]
+    return float(pd.Series(values, dtype=float).mean())
+
+
+def _facts(table: pd.DataFrame, name: str) -> dict[str, str]:
+    """One fact, the machine, and what is missing."""
+    facts = table.facts.iloc[0]
+    return {key: facts[key] for key in (name, "machine", "missing") if key in facts}
+
+
+def _comparable(theirs: Any, run: Run) -> str:
+    """Yes; or what differs between a published number (a row of `read_published`) and ours."""
+    differing = {
+        "data": DATASETS.get(run.dataset) != theirs.dataset,
+        "sequence length": run.seq_len != theirs.seq_len,
+        "targets": theirs.method != "dense" and run.setting.pruned != theirs.targets,
+        "a part of the text": run.config["evaluation"].get("n_windows") is not None,
+    }
+    words = [name for name, differs in differing.items() if differs]
+    return f"no: {', '.join(words)}" if words else "yes"
