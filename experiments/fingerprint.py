@@ -27,7 +27,8 @@ from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig,
 
 BASELINE: dict[str, dict[str, Any]] = {
     "model": {"dtype": "float32"},
-    "method": {"update": "none", "parameters": {}, "targets": "mlp", "exclude": None, "projections": {}},
+    "method": {"update": "none", "parameters": {}, "targets": "mlp", "exclude": None, "projections": {}}
+    | {"rounded": True},
     "calibration": {"bos": "tokenizer", "join": False, "seed": 0, "n_sequences": None, "seq_len": None}
     | {"min_expert_tokens": None},
     "evaluation": {"bos": "tokenizer", "seq_len": None, "n_windows": None, "limit": None},
@@ -141,6 +142,8 @@ def _method(config: PruneConfig, name: str, pruner: BlockPruner) -> dict[str, An
         "targets": pruner.targets,
         "exclude": pruner.exclude,
         "projections": dict(config.model.projections or {}),
+        # what an update has changed is rounded to the source's dtype, unless another is asked for
+        "rounded": method.update == "none" or config.model.dtype == "auto",
     }
 
 

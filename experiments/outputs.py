@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from transformers import PreTrainedModel
 
-from dass.folders import is_saved
+from dass.folders import is_saved, read_seal
 from dass.models import resolve_dtype
 from dass.records import file_sha256
 from dass.saving import model_card, save_model, source_licence, write_card
@@ -31,13 +31,17 @@ def command_of() -> str:
 
 def is_written(plan: Plan, record: dict[str, Any]) -> bool:
     """Whether the model and the masks that are asked for are there, and are those that the record speaks of."""
-    saved, masks = plan.config.save_model, plan.config.masks
-    if saved is not None and not is_saved(destination(saved, plan.run_id), plan.run_id):
-        return False
+    saved, masks, files = plan.config.save_model, plan.config.masks, dict(record["files"])
+    of_masks = files.pop(MASKS_FILE, None)
+    if saved is not None:
+        folder = destination(saved, plan.run_id)
+        held = read_seal(folder)
+        if held is None or not files or not files.items() <= held[1].items() or not is_saved(folder, plan.run_id):
+            return False
     if masks is None:
         return True
     path = destination(masks, plan.run_id) / MASKS_FILE
-    return path.is_file() and record["files"].get(MASKS_FILE) == file_sha256(path)
+    return path.is_file() and of_masks == file_sha256(path)
 
 
 def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dass.pruning.masks import NM, Mask, Unstructured, select_mask
 from dass.pruning.method import BlockPruner, Method
 from dass.pruning.walk import prune_model
 from dass.sparsity import PackedMasks, apply_masks, read_masks, sparsity_report
-from tests.models import random_tokens, tiny_model
+from tests.models import LAYOUTS, random_tokens, tiny_model
 
 
 def pruned_model(pattern, criterion="dass", update="none"):
@@ -71,3 +71,17 @@ def test_report_counts_zeros():
     assert report["total"] == pytest.approx(0.75 * mlp / sum(p.numel() for p in model.parameters()))
     first = report["projections"]["model.layers.0.mlp.gate_proj"]
     assert first == {"role": "gate", "weights": 2048, "zeros": 1536, "sparsity": 0.75}
+
+
+@pytest.mark.parametrize("architecture", LAYOUTS)
+def test_masks_of_every_layout_apply_to_the_released_model(tmp_path, architecture):
+    axis = {"gate": "out", "up": "out", "down": "in"}
+    pruned, released, packed = tiny_model(architecture), tiny_model(architecture), PackedMasks()
+    masks = prune_model(pruned, BlockPruner(Method("dass", axis, NM(2, 4))), random_tokens())
+    for name, mask in masks.items():
+        packed.add(name, mask)
+    packed.write(tmp_path, {"id": "x"})
+    apply_masks(released, read_masks(tmp_path)[0])
+    for (name, weight), applied in zip(pruned.named_parameters(), released.parameters(), strict=True):
+        assert torch.equal(weight, applied), name
+    assert sparsity_report(pruned, find_blocks(pruned), [])["mlp"] == 0.5

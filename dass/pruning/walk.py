@@ -77,12 +77,11 @@ def walk(
             if activations is not None and streams:
                 # where attention is to be pruned, its dense outputs are of no use later
                 mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
-                calls = list(_each(activations, index))
-                mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in calls]
+                mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
                 rare = _require_enough_tokens(block, streams, activations, min_expert_tokens)
                 for unit in block.units:
                     if unit.name in rare:
-                        streams |= _through_one(block, unit, streams, calls, mixer, mixed)
+                        streams |= _through_one(block, unit, streams, _each(activations, index), mixer, mixed)
             before = _versions(block.mixer)
             yield Step(index, block, streams, rare)
             if activations is not None and index + 1 < len(blocks):
@@ -259,7 +258,12 @@ def _wrong_roles(block: Block, why: str) -> DassError:
 
 
 def _through_one(
-    block: Block, unit: Unit, streams: Streams, calls: list[tuple[Tensor, Call]], mixer: nn.Module | None, mixed: list
+    block: Block,
+    unit: Unit,
+    streams: Streams,
+    calls: Iterator[tuple[Tensor, Call]],
+    mixer: nn.Module | None,
+    mixed: list[Any],
 ) -> Streams:
     """The statistics of one expert if all tokens of the block ran through it, each as often as it is routed."""
     expert = unit.projections["down"].expert

@@ -254,6 +254,14 @@ def test_other_layouts_end_to_end(setting, tmp_path, architecture):
     assert again["windows"] == pytest.approx(record["windows"], rel=1e-6)
 
 
+def test_a_layout_can_be_given_in_words(setting, tmp_path):
+    words = r"{gate: gate_proj, up: up_proj, down: 'mlp\.down_proj$'}"
+    run(*setting, f"model.projections={words}")
+    run(*setting)
+    given, found = sorted(records(tmp_path), key=lambda r: r["config"]["model"]["projections"] is None)
+    assert given["windows"] == found["windows"] and given["id"] != found["id"]
+
+
 def identity(setting, *overrides):
     return check(composed(*setting, *overrides)).run_id
 
@@ -304,8 +312,10 @@ def test_identity_leaves_out_what_a_run_does_not_use(setting):
     assert len({identity(setting, "method=dense", *overrides) for overrides in dense}) == 1
     magnitude = [[], ["calibration.n_sequences=3"], ["seed=1"], ["method.damping=0.1"]]
     assert len({identity(setting, "method=magnitude", *overrides) for overrides in magnitude}) == 1
-    repaired = [[], ["calibration.n_sequences=3"], ["method.damping=0.1"]]
-    assert len({identity(setting, "method=magnitude", "method.update=obs", *o) for o in repaired}) == 3
+    repaired = [[], ["calibration.n_sequences=3"], ["method.damping=0.1"], ["model.dtype=float32"]]
+    assert len({identity(setting, "method=magnitude", "method.update=obs", *o) for o in repaired}) == 4
+    as_it_is = [[], ["model.dtype=float32"]]  # only what an update changes is rounded to the dtype of the source
+    assert len({identity(setting, "method=magnitude", *overrides) for overrides in as_it_is}) == 1
     text = [s for s in setting if not s.startswith("calibration")]
     assert identity(text, "calibration=packaged_c4") != identity(text, "calibration=packaged_c4", "seed=1")
 
