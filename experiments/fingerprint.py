@@ -62,7 +62,8 @@ def hashed(name: str, part: dict[str, Any] | None) -> dict[str, Any]:
 def fingerprint_of(config: PruneConfig, pruners: dict[str, BlockPruner], dtype: str) -> Fingerprint:
     """The identity of a run that computes in `dtype`; DassError where a file that it names is not there."""
     prunings = {name: _method(config, name, pruner) for name, pruner in pruners.items()}
-    method = {"compared": prunings} if len(prunings) > 1 else next(iter(prunings.values()), None)
+    compared = {name: hashed("method", part) for name, part in prunings.items()}
+    method = {"compared": compared} if len(prunings) > 1 else next(iter(prunings.values()), None)
     calibrates = any(map(needs_calibration, pruners.values()))
     return Fingerprint(
         {
