@@ -212,3 +212,10 @@ def test_experts_in_a_list_are_units():
     with pytest.raises(DassError, match=r"layers\.1\.mlp\.experts\.2 saw too few calibration tokens") as caught:
         prune_model(model, BlockPruner(WANDA), input_ids)
     assert caught.value.field == "calibration.min_expert_tokens"
+
+
+def test_shapes_that_are_no_mlp_are_refused_and_named():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 60, bias=False)
+    with pytest.raises(DassError, match=r"unknown layout.*model\.layers\.1 with.*up_proj\.weight \(60, 32\)"):
+        find_blocks(model)
