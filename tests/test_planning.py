@@ -21,7 +21,8 @@ from dass.planning.devices import Device, Stage
 from dass.pruning.blocks import mlp_matrices
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.update import obs_sweep
 from dass.pruning.walk import eager_experts, prune_model
 from dass.sparsity import sparsity_report

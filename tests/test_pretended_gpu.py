@@ -25,7 +25,8 @@ from dass.pruning import statistics
 from dass.pruning.calls import Call
 from dass.pruning.comparison import compare_block, comparison_needs
 from dass.pruning.masks import NM, Mask, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import InputStream
 from dass.pruning.walk import prune_model, walk
 from dass.saving import round_to, save_model

@@ -14,7 +14,8 @@ from dass.planning.architecture import Architecture, PlannedBlock
 from dass.planning.devices import Stage
 from dass.pruning.blocks import MLP_ROLES
 from dass.pruning.masks import LARGEST_RANKED_M, NM, Pattern, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import HESSIAN_BLOCK
 from dass.pruning.update import LAZY
 

@@ -40,6 +40,15 @@ class Projection:
         weight = whole.T if self.transposed else whole
         return weight if self.rows is None else weight[self.rows]
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Its bias, `(out_features,)`, sharing the parameter's memory; None where it has none."""
+        whole = getattr(self.module, "bias" if self.parameter_name == "weight" else f"{self.parameter_name}_bias", None)
+        if whole is None:
+            return None
+        bias = whole.detach() if self.expert is None else whole.detach()[self.expert]
+        return bias if self.rows is None else bias[self.rows]
+
 
 @dataclass(frozen=True)
 class Unit:

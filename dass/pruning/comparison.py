@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dass.errors import DassError
 from dass.pruning.blocks import ROLES, Block, Projection
-from dass.pruning.method import BlockPruner, Needs
+from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
 
 ALPHA = 0.5  # the paper's exponent of n
@@ -59,6 +59,8 @@ def check_comparison(pruners: Mapping[str, BlockPruner]) -> None:
             raise DassError(
                 f"The methods to compare differ in their {what} ({', '.join(sorted(found))}): give all the same."
             )
+    if any(pruner.method.order != "released" for pruner in pruners.values()):
+        raise DassError("Methods are compared in the released order of the neurons alone: use it.", "method.order")
 
 
 def comparison_needs(pruners: Mapping[str, BlockPruner], block: Block) -> Needs:

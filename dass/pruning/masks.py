@@ -70,6 +70,8 @@ class Mask:
     axis: Axis
     column_block: int | None = None
     """If set, comparison groups end at multiples of this many columns (SparseGPT's unstructured groups)."""
+    order: Tensor | None = None
+    """The order of its MLP's neurons under which it holds: neuron i is the released neuron `order[i]`, `(f,)` int64."""
 
 
 def select_mask(
@@ -99,7 +101,6 @@ def select_mask(
 def keep_most_important(scores: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     """The selection itself, bool `(out_features, in_features)`, without the checks of `select_mask`."""
     if isinstance(pattern, NM):
-        # splitting the matrix's own axis keeps its long axis contiguous, which makes the comparisons fast
         dim = 0 if axis == "out" else 1
         split = scores.unflatten(dim, (-1, pattern.m))
         return ~_smallest_of_m(split, pattern.m - pattern.n, dim + 1).reshape(scores.shape).contiguous()
@@ -150,20 +151,18 @@ def _require_divisible(matrix: Tensor, pattern: Pattern, axis: Axis, name: str) 
 def _smallest_of_m(split: Tensor, count: int, dim: int) -> Tensor:
     """True for the `count` smallest along a short dimension, lower index first among equals.
 
-    Counts for each element those that are pruned before it, by comparing all pairs of the M slices: a number of
-    operations that depends on M alone, each over the whole matrix.
+    Counts for each element those that are pruned before it, by comparing each of the M slices with all behind it.
     """
     m = split.shape[dim]
     if m > LARGEST_RANKED_M:
         return _smallest(split.movedim(dim, -1), count).movedim(-1, dim)
-    slots = split.unbind(dim)
-    before = [torch.full(slot.shape, m - 1 - j, dtype=torch.int8, device=slot.device) for j, slot in enumerate(slots)]
-    for i in range(m):
-        for j in range(i + 1, m):
-            i_first = (slots[i] <= slots[j]).view(torch.int8)
-            before[j].add_(i_first)
-            before[i].sub_(i_first)
-    return torch.stack([rank < count for rank in before], dim)
+    slots = split.movedim(dim, 0).contiguous()
+    before = torch.zeros(slots.shape, dtype=torch.int8, device=slots.device)
+    for i in range(m - 1):
+        i_first = (slots[i] <= slots[i + 1 :]).view(torch.int8)
+        before[i + 1 :].add_(i_first)
+        before[i].add_(m - 1 - i).sub_(i_first.sum(0, dtype=torch.int8))
+    return (before < count).movedim(0, dim)
 
 
 def _smallest(groups: Tensor, count: int) -> Tensor:

@@ -41,6 +41,11 @@ class InputStream:
             rows = slice(start, start + HESSIAN_BLOCK)
             self._products[rows, start:].addmm_(x[:, rows].T, x[:, start:])
 
+    def reorder(self, permutation: Tensor) -> None:
+        """Let feature i be what feature `permutation[i]` was."""
+        at = permutation.to(self._products.device)
+        self._products = self._symmetric()[at][:, at] if self.with_hessian else self._products[at]
+
     def norm(self) -> Tensor:
         """||x_j||_2 over all tokens so far, `(features,)`."""
         squares = self._products.diagonal() if self.with_hessian else self._products
@@ -51,7 +56,10 @@ class InputStream:
 
         The factor is SparseGPT's. It only matters beside the diagonal of 1 that dead inputs get.
         """
-        return (self._products.triu() + self._products.triu(1).T) * (2 / max(self.n_sequences, 1))
+        return self._symmetric() * (2 / max(self.n_sequences, 1))
+
+    def _symmetric(self) -> Tensor:
+        return self._products.triu() + self._products.triu(1).T
 
 
 Streams = dict[str, InputStream]

@@ -7,9 +7,12 @@ It knows the blocks in order and the activations that enter the current one; wha
 Every block is run by its own forward, with the keyword arguments that the model's own forward gave it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,12 +21,13 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
+from dass.pruning.adaptive import AdaptivePruner, Outputs
 from dass.pruning.blocks import Block, Projection, Unit
 from dass.pruning.calls import Activations, Call, enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
-from dass.pruning.method import BlockPruner, Needs
 from dass.pruning.products import Stop, Watch, extent_of
+from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import InputStream, Streams
 
 EXPERT_TOKENS = 32
@@ -39,6 +43,8 @@ class Step:
     streams: Streams
     rare: dict[str, int]
     """Experts that saw too few tokens and were given all of the block's instead: how many they saw."""
+    outputs: Outputs
+    """Runs the block with its weights as they are; gives nothing where no calibration is needed."""
 
 
 @torch.no_grad()
@@ -83,15 +89,18 @@ def walk(
                     if unit.name in rare:
                         streams |= _through_one(block, unit, streams, _each(activations, index), mixer, mixed)
             before = _versions(block.mixer)
-            yield Step(index, block, streams, rare)
+            yield Step(index, block, streams, rare, partial(_outputs, activations, index, block, mixed))
             if activations is not None and index + 1 < len(blocks):
-                replayed = block.mixer if _versions(block.mixer) == before else None
-                _advance(activations, index, block, replayed, mixed)
+                replayed = mixed if _versions(block.mixer) == before else None
+                for i, hidden in enumerate(_outputs(activations, index, block, replayed)):
+                    activations.batches[i] = hidden
+                    if replayed is not None:
+                        replayed[i] = None
 
 
 @torch.no_grad()
 def prune_model(
-    model: PreTrainedModel, pruner: BlockPruner, input_ids: Tensor | None = None, batch_size: int = 1
+    model: PreTrainedModel, pruner: BlockPruner | AdaptivePruner, input_ids: Tensor | None = None, batch_size: int = 1
 ) -> dict[str, Mask]:
     """Prune a causal language model in place; returns the mask of each projection by its name.
 
@@ -104,7 +113,7 @@ def prune_model(
     """
     pruner.check(find_blocks(model))
     steps = walk(model, input_ids, pruner.needs, batch_size)
-    return {p.projection.name: p.mask for step in steps for p in pruner.prune(step.block, step.streams)}
+    return {p.projection.name: p.mask for step in steps for p in pruner.prune(step.block, step.streams, step.outputs)}
 
 
 def open_streams(block: Block, needs: Needs) -> Streams:
@@ -144,14 +153,19 @@ def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]
         yield hidden, calls[index]
 
 
-def _advance(activations: Activations, index: int, block: Block, mixer: nn.Module | None, mixed: list | None) -> None:
-    """Run the pruned block, so that its outputs take the place of its inputs; replay the mixer where it was kept."""
-    for i, (hidden, call) in enumerate(_each(activations, index)):
-        with ExitStack() as stack:
-            if mixer is not None and mixed is not None and mixed[i] is not None:
-                stack.enter_context(replaced_forward(mixer, lambda *_, output=mixed[i], **__: output))
-                mixed[i] = None
-            activations.batches[i] = call(block, hidden)
+def _outputs(
+    activations: Activations | None, index: int, block: Block, mixed: list[Any] | None, share: float = 1.0
+) -> Iterator[Tensor]:
+    """The block's outputs on what enters it, batch by batch; the mixer is replayed where its outputs were kept."""
+    if activations is None:
+        return
+    n = math.ceil(share * len(activations.batches))
+    for i, (hidden, call) in enumerate(islice(_each(activations, index), n)):
+        output = mixed[i] if mixed is not None else None
+        replay = replaced_forward(block.mixer, lambda *_, output=output, **__: output) if output is not None else None
+        with replay or nullcontext():
+            result = call(block, hidden)
+        yield result
 
 
 def _require_enough_tokens(

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.reference import reference_walk
 from benchmarks.walk import METHODS, forward_rows, needed_forward, row, solver_row, time_walks
-from dass.pruning.method import BlockPruner
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
 from tests.models import random_tokens, tiny_model
 

@@ -10,7 +10,8 @@ from dass.errors import DassError
 from dass.pruning.blocks import mlp_matrices
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model, walk
 from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
 from tests.pruning.naive import EXPERTS, LINEARS, decoder, matrices_of

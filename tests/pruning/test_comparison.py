@@ -21,7 +21,8 @@ from dass.pruning.comparison import (
 from dass.pruning.criteria import CRITERIA, criterion
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import InputStream
 from dass.pruning.walk import prune_model, walk
 from tests.models import random_tokens, tiny_model

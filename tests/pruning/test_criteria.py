@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dass.pruning import criteria
-from dass.pruning.criteria import dass, magnitude, obs, wanda
+from dass.pruning.criteria import dass, dass_ria, magnitude, nowag, obs, ria, wanda
 from dass.pruning.masks import NM, Unstructured, select_mask
 from dass.pruning.statistics import DampedInverse, Statistics
 
@@ -44,6 +44,33 @@ def test_dass_with_a_dead_mlp_or_a_huge_alpha_stays_finite():
 @pytest.mark.parametrize("role", ["down", "q", "k", "v", "o"])
 def test_dass_elsewhere_is_wanda(role):
     assert torch.equal(dass(WEIGHT, role, STATISTICS), wanda(WEIGHT, role, STATISTICS))
+
+
+def test_ria():
+    """Column sums 4 and 12, row sums 3, 7 and 6; a = 1 takes the norms 10 and 1/2 as they are."""
+    expected = [[10 * (1 / 4 + 1 / 3), 0.5 * (2 / 12 + 2 / 3)], [10 * (3 / 4 + 3 / 7), 0.5 * (4 / 12 + 4 / 7)]]
+    expected.append([0, 0.5 * (6 / 12 + 1)])
+    torch.testing.assert_close(ria(WEIGHT, "gate", STATISTICS, a=1.0), torch.tensor(expected))
+    half = ria(WEIGHT, "q", STATISTICS)  # a = 1/2
+    torch.testing.assert_close(half, torch.tensor(expected) / torch.tensor([10.0, 0.5]).sqrt())
+
+
+def test_nowag():
+    weight = torch.tensor([[3.0, 0.0], [4.0, 2.0]])  # columns of norm 5 and 2: 3/5, 0, 4/5, 1
+    statistics = Statistics(input_norm=torch.tensor([2.0, 3.0]))
+    square = 16 / 25 + 1
+    expected = [[4.0, 0], [4 * 16 / 25 / square, 9 / square]]
+    torch.testing.assert_close(nowag(weight, "up", statistics), torch.tensor(expected))
+    assert not nowag(torch.zeros(2, 2), "up", statistics).any()
+
+
+def test_dass_ria_is_ria_times_n():
+    assert torch.equal(dass_ria(WEIGHT, "down", STATISTICS), ria(WEIGHT, "down", STATISTICS))
+    factor = torch.tensor([0.5, 0.75, 1.0])[:, None]
+    torch.testing.assert_close(dass_ria(WEIGHT, "gate", STATISTICS), ria(WEIGHT, "gate", STATISTICS) * factor)
+    no_input = dass_ria(WEIGHT, "gate", STATISTICS, alpha=0.0, a=0.0)
+    torch.testing.assert_close(no_input, ria(WEIGHT, "gate", STATISTICS, a=0.0))
+    assert not ria(torch.zeros(3, 2), "gate", STATISTICS).any()
 
 
 def test_obs():

@@ -7,7 +7,8 @@ from torch import nn
 from dass.errors import DassError
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model, walk
 from tests.models import random_tokens, tiny_model
 

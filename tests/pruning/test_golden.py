@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dass.pruning import NUMERICS
 from dass.pruning.masks import NM, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -9,7 +9,8 @@ import torch
 from dass.errors import DassError
 from dass.pruning.criteria import CRITERIA, criterion
 from dass.pruning.masks import NM, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model, walk
 from tests.models import LAYOUTS, random_tokens, tiny_model
 from tests.pruning.naive import EXPERTS, LINEARS, OBS_COLUMNS, naive_walk

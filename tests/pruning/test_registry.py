@@ -6,7 +6,8 @@ import torch
 from dass.errors import DassError
 from dass.pruning.criteria import CRITERIA, criterion
 from dass.pruning.masks import NM, Unstructured, verify_mask
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.registry import Registry
 from dass.pruning.update import UPDATES, update
 from dass.pruning.walk import prune_model
@@ -125,7 +126,7 @@ METHOD = {"criterion": "dass", "axis": {"gate": "out"}, "pattern": NM(2, 4)}
     ("changes", "field", "says"),
     [
         ({"criterion": "wnada"}, "criterion", "did you mean wanda"),
-        ({"criterion": "zzz"}, "criterion", "dass, magnitude, obs, shifted, wanda"),
+        ({"criterion": "zzz"}, "criterion", "dass, dass_ria, magnitude, nowag, obs, ria, shifted, wanda"),
         ({"update": "sgd"}, "update", "none, obs, rescaled"),
         ({"update": "osb"}, "update", "did you mean obs"),
         ({"parameters": {"alhpa": 1.0}}, "alhpa", r"no parameter `alhpa` \(it has: alpha\)"),

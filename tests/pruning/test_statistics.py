@@ -7,7 +7,8 @@ from dass.errors import DassError
 from dass.pruning.calls import enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import HESSIAN_BLOCK, InputStream, damped_inverse
 from dass.pruning.walk import observe, open_streams
 from tests.models import random_tokens, tiny_model

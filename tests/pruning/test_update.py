@@ -9,7 +9,8 @@ from dass.errors import DassError
 from dass.pruning import update as solver
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured, select_mask, verify_mask
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import InputStream, damped_inverse
 from dass.pruning.update import obs_sweep
 from dass.pruning.walk import open_streams, prune_model

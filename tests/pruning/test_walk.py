@@ -10,7 +10,8 @@ from dass.errors import DassError
 from dass.pruning.calls import enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
 from tests.models import ARCHITECTURES, random_tokens, tiny_model
 

@@ -1,0 +1,247 @@
+"""How a method prunes one block: order, masks, then updates, for the projections of one input together."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dass.errors import Answers, DassError, finite, require_all, require_finite
+from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
+from dass.pruning.masks import NM, Mask, keep_most_important, select_mask
+from dass.pruning.method import Method
+from dass.pruning.order import ORDERS, Neurons, reorder, seeded
+from dass.pruning.products import extent_of
+from dass.pruning.statistics import Statistics, Streams
+from dass.pruning.update import UPDATES, Choose, Rows
+
+Needs = dict[str, bool]
+"""What a method must see in a block, by what is read (`Projection.reads`): whether with its Hessian."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What happened to one projection."""
+
+    projection: Projection
+    mask: Mask
+    damping: float | None = None
+    """The share of the mean diagonal that the Hessian needed; None where no Hessian was used."""
+    damping_attempts: int | None = None
+    chosen: str | None = None
+    """Which of several candidates pruned it, see `AdaptivePruner`."""
+
+
+@dataclass(frozen=True)
+class BlockPruner:
+    """A method with the choice of projections: what is done to each block."""
+
+    method: Method
+    targets: Literal["mlp", "all"] = "mlp"
+    exclude: str | None = None
+    """A regular expression; projections whose full name it matches somewhere stay dense."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown targets and broken regular expressions."""
+        if self.targets not in ("mlp", "all"):
+            raise DassError(f"targets={self.targets} is unknown: choose mlp or all.", field="targets")
+        try:
+            re.compile(self.exclude or "")
+        except re.error as error:
+            raise DassError(
+                f"exclude={self.exclude} is not a regular expression ({error}): correct it.", field="exclude"
+            ) from error
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that may be pruned."""
+        return MLP_ROLES if self.targets == "mlp" else MLP_ROLES + ATTENTION_ROLES
+
+    def projections(self, block: Block) -> list[Projection]:
+        """The projections of a block that are pruned."""
+        if self.targets == "all" and not block.attention:
+            raise DassError(
+                f"targets=all: the attention of {block.name} is not made of q, k, v (or one qkv) and o: use mlp.",
+                field="targets",
+            )
+        chosen = [p for p in block.projections if p.role in self.roles]
+        return [p for p in chosen if not (self.exclude and re.search(self.exclude, p.name))]
+
+    def check(self, blocks: list[Block]) -> None:
+        """Refuse a pattern that does not fit a layer, before anything heavy is done.
+
+        Raises:
+            DassError: M does not divide a width, or there is nothing to prune.
+        """
+        projections = [p for block in blocks for p in self.projections(block)]
+        if not projections:
+            raise DassError(f"exclude={self.exclude} leaves nothing to prune: narrow it.", field="exclude")
+        for p in projections:
+            width = p.weight.shape[0 if self.method.axis_for(p.role) == "out" else 1]
+            if isinstance(self.method.pattern, NM) and width % self.method.pattern.m:
+                raise DassError(
+                    f"{p.name} is {width} wide along '{self.method.axis_for(p.role)}', which M={self.method.pattern.m} "
+                    f"does not divide: choose another pattern or leave the layer out with `exclude`.",
+                    field="sparsity",
+                )
+
+    def needs(self, block: Block) -> Needs:
+        """What must be seen in this block."""
+        found: Needs = {}
+        for p in self.projections(block):
+            needs = self.method.needs_for(p.role)
+            if own := needs - {"intermediate_norm"}:
+                found[p.reads] = found.get(p.reads, False) or "hessian" in own
+            unit = block.unit_of(p)
+            if "intermediate_norm" in needs and unit is not None:
+                found.setdefault(unit.intermediate, False)
+        return found
+
+    @torch.no_grad()
+    def prune(self, block: Block, streams: Streams, outputs: Any = None) -> list[Pruned]:
+        """Choose the masks of a block and set its weights, those of one input together.
+
+        What one method does depends on no outputs of the block, see `AdaptivePruner`.
+        The host waits for the device before a weight is changed and at the end, and once more for each Hessian.
+
+        Raises:
+            DassError: scores or new weights that are not finite, or a Hessian that cannot be factorised; names the
+                layer.
+        """
+        by_input: dict[str, list[Projection]] = {}
+        for p in self.projections(block):
+            by_input.setdefault(p.reads, []).append(p)
+        orders: dict[str, Tensor] = {}
+        for unit in block.units if self.method.order != "released" else ():
+            permutation = self._reorder(block, unit, streams)
+            orders |= {p.name: permutation for p in unit.projections.values()}
+        before: Answers = []
+        after: Answers = []
+        chosen = []
+        for group in by_input.values():
+            statistics = self._statistics(block, group, streams, before)
+            chosen.append((group, statistics, [self._mask(p, statistics, before) for p in group]))
+        require_all(before)
+        pruned: list[Pruned] = []
+        while chosen:  # a factor of a Hessian goes with its group
+            pruned += self._update(*chosen.pop(0), after)
+        require_all(after)
+        return [replace(one, mask=replace(one.mask, order=orders.get(one.projection.name))) for one in pruned]
+
+    def _reorder(self, block: Block, unit: Unit, streams: Streams) -> Tensor:
+        """Put the neurons of an MLP in the method's order, with what is known of them; the permutation, `(f,)`."""
+        method, seen = self.method, streams.get(unit.intermediate)
+        answers: Answers = []
+        count = unit.projections["down"].weight.shape[1]
+
+        def scores() -> Tensor:
+            lines = []
+            for p in self.projections(block):
+                if block.unit_of(p) is not unit:
+                    continue
+                if (method.axis_for(p.role) == "out") == (p.role != "down"):  # weights of several neurons compete
+                    weight, statistics = _accumulable(p.weight), self._statistics(block, [p], streams, answers)
+                    found = self._importance(weight, self._own(p, statistics), p.role)
+                    require_finite(found, f"The importance scores of {p.name}", answers)
+                    lines.append(found if p.role == "down" else found.T)
+            require_all(answers)
+            return torch.cat(lines) if lines else torch.empty(0, count)
+
+        norm = seen.norm if seen else lambda: torch.empty(0)
+        neurons = Neurons(count, method.pattern, seeded(method.order_seed, unit), norm, scores)
+        permutation: Tensor = ORDERS.find(method.order).function(neurons)
+        reorder(block, unit, permutation)
+        if seen:
+            seen.reorder(permutation)
+        return permutation
+
+    def _mask(self, p: Projection, statistics: Statistics, answers: Answers) -> Mask | None:
+        """Which weights of a projection are kept; None where the update is to choose."""
+        method, weight = self.method, _accumulable(p.weight)
+        require_finite(weight, f"The weights of {p.name}", answers)
+        if method.chooses_while_sweeping(p.role):
+            return None
+        scores = self._importance(weight, self._own(p, statistics), p.role)
+        return select_mask(scores, method.pattern, method.axis_for(p.role), p.name, answers)
+
+    def _update(
+        self, group: list[Projection], statistics: Statistics, masks: list[Mask | None], answers: Answers
+    ) -> list[Pruned]:
+        """Set the weights of the projections that read one input; they share its statistics and its factorisation."""
+        method, update = self.method, UPDATES.find(self.method.update)
+        rows = []
+        for p, mask in zip(group, masks, strict=True):
+            choose = _choice(method, partial(self._importance, role=p.role), self._own(p, statistics), p.role)
+            weight, largest = _accumulable(p.weight), torch.finfo(p.weight.dtype).max
+            rows.append(Rows(p.name, weight, largest, method.pattern, method.axis_for(p.role), mask, choose))
+        needs = {name for p in group for name in update.needs_for(p.role)}
+        result = update.function(rows, statistics.only(needs), **method.parameters_of(update))
+        inverse = next(iter(statistics.inverses.values()), None)
+        damping = (inverse.damping, inverse.attempts) if inverse else (None, None)
+        for p, (weight, _) in zip(group, result, strict=True):
+            if extent_of(weight) != extent_of(p.weight):  # else it was changed in place
+                p.weight.copy_(weight)
+            require_finite(weight, f"The updated weights of {p.name}", answers)
+            if weight.dtype != p.weight.dtype:
+                answers.append((_too_large(p), finite(p.weight)))
+        return [Pruned(p, mask, *damping) for p, (_, mask) in zip(group, result, strict=True)]
+
+    def _statistics(self, block: Block, group: list[Projection], streams: Streams, answers: Answers) -> Statistics:
+        """What the group's method may ask for."""
+        names = " and ".join(p.name for p in group)
+        stream, unit = streams.get(group[0].reads), block.unit_of(group[0])
+        seen = unit is not None and unit.intermediate in streams
+        needs = {name for p in group for name in self.method.needs_for(p.role)}
+        statistics = Statistics(
+            input_norm=stream.norm() if stream else None,
+            intermediate_norm=streams[unit.intermediate].norm() if unit and seen else None,
+            # the stream may hold a Hessian for another method's sake
+            hessian=stream.hessian if stream and "hessian" in needs else None,  # type: ignore[arg-type]
+            name=names,
+        )
+        for name in ("input_norm", "intermediate_norm"):
+            if statistics.has(name):
+                require_finite(getattr(statistics, name), f"The calibration statistics of {names} ({name})", answers)
+        return statistics
+
+    def _own(self, p: Projection, statistics: Statistics) -> Statistics:
+        """The part that the criterion of a projection has declared."""
+        return statistics.only(self.method.criterion_for(p.role).needs_for(p.role))
+
+    def _importance(self, weight: Tensor, statistics: Statistics, role: str) -> Tensor:
+        entry = self.method.criterion_for(role)
+        parameters = self.method.parameters_of(entry) if self.method._owner(role) else {}
+        scores = entry.function(weight, role, statistics, **parameters)
+        if scores.shape != weight.shape:
+            raise DassError(
+                f"The criterion {self.method.criterion} gives scores {tuple(scores.shape)} for a weight "
+                f"{tuple(weight.shape)}: it must return one score for each weight."
+            )
+        return scores
+
+
+def _choice(method: Method, score: Callable[..., Tensor], statistics: Statistics, role: str) -> Choose:
+    """Which of some columns' weights to keep, as they stand while an update sweeps over them."""
+
+    def choose(columns: slice, weight: Tensor) -> Tensor:
+        scores = score(weight, statistics=statistics.columns(columns))
+        return keep_most_important(scores, method.pattern, method.axis_for(role))
+
+    return choose
+
+
+def _too_large(p: Projection) -> DassError:
+    largest, dtype = torch.finfo(p.weight.dtype).max, str(p.weight.dtype).removeprefix("torch.")
+    return DassError(
+        f"The updated weights of {p.name} exceed {largest:g}, the largest that {dtype} holds: compute with "
+        f"model.dtype=bfloat16, or let the update obs clip them with method.clip=true.",
+        field="model.dtype",
+    )
+
+
+def _accumulable(weight: Tensor) -> Tensor:
+    """A weight in fp32, or fp64 where it is fp64."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

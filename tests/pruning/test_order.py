@@ -1,0 +1,156 @@
+"""Neuron order: the dense function stays, the groups change, and `matched` finds what brute force finds."""
+
+import copy
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dass.errors import DassError
+from dass.pruning.layout import find_blocks
+from dass.pruning.masks import NM, Unstructured
+from dass.pruning.method import Method
+from dass.pruning.order import ORDERS, Neurons, kept, matched, order, random, reorder, seeded, spread
+from dass.pruning.pruner import BlockPruner
+from dass.pruning.walk import prune_model
+from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
+
+AXIS = {"gate": "out", "up": "out", "down": "in"}
+
+
+def neurons(f, pattern, lines=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    norm = torch.randn(f, generator=generator).exp()
+    scores = torch.rand(lines, f, generator=generator) * norm
+    return Neurons(f, pattern, generator, lambda: norm, lambda: scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [*ARCHITECTURES, *LAYOUTS])
+def test_any_order_leaves_the_dense_function_as_it_is(layout):
+    model, tokens = tiny_model(layout, torch.float64), random_tokens(2)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    for parameter in model.parameters():  # biases are zero in a new model
+        parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    expected, before = model(tokens).logits, copy.deepcopy(model.state_dict())
+    moved = 0
+    for block in find_blocks(model):
+        for unit in block.units:
+            f = unit.projections["down"].weight.shape[1]
+            reorder(block, unit, torch.randperm(f, generator=seeded(1, unit)))
+            moved += 1
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-9, atol=1e-9)
+    changed = sum(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert moved and changed >= 2
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "dass", "obs"])
+@pytest.mark.parametrize("chosen", ["random", "spread", "matched"])
+def test_pruning_in_an_order_is_pruning_the_reordered_model(criterion, chosen):
+    update = "obs" if criterion == "obs" else "none"
+    method = Method(criterion, AXIS, NM(2, 4), update, order=chosen, order_seed=3)
+    model, tokens = tiny_model("llama", torch.float64), random_tokens()
+    by_hand = copy.deepcopy(model)
+    masks = prune_model(model, BlockPruner(method), tokens)
+    for block in find_blocks(by_hand):
+        for unit in block.units:
+            permutation = masks[unit.projections["up"].name].order
+            assert sorted(permutation.tolist()) == list(range(len(permutation)))
+            reorder(block, unit, permutation)
+    for name in (name for name in masks if "gate" in name):
+        assert masks[name].order is masks[name.replace("gate", "down")].order
+    plain = prune_model(by_hand, BlockPruner(Method(criterion, AXIS, NM(2, 4), update)), tokens)
+    for name, mask in plain.items():
+        assert torch.equal(mask.keep, masks[name].keep), name
+    for weight, wanted in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "gpt2", "phi3", "gpt_oss"])
+def test_experts_and_fused_and_transposed_layouts_are_pruned_in_an_order(layout):
+    model = tiny_model(layout, torch.float64)
+    masks = prune_model(model, BlockPruner(Method("dass", AXIS, NM(2, 4), order="matched")), random_tokens(5))
+    assert masks and all(mask.order is not None for mask in masks.values())
+    for block in find_blocks(model):
+        for p in (p for unit in block.units for p in unit.projections.values()):
+            assert torch.equal(p.weight != 0, masks[p.name].keep), p.name
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "dass"])
+def test_unstructured_pruning_does_not_depend_on_the_order(criterion):
+    tokens, logits = random_tokens(), []
+    for chosen in ("released", "random"):
+        model = tiny_model("llama", torch.float64)
+        prune_model(model, BlockPruner(Method(criterion, AXIS, Unstructured(0.5), order=chosen)), tokens)
+        logits.append(model(tokens).logits)
+    torch.testing.assert_close(*logits, rtol=1e-8, atol=1e-8)
+
+
+@given(st.integers(1, 6), st.sampled_from([NM(2, 4), NM(1, 4), NM(3, 4), NM(2, 2), NM(4, 8)]), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_orders_are_permutations_and_matched_keeps_at_least_what_spread_keeps(groups, pattern, seed):
+    found = neurons(groups * pattern.m, pattern, seed=seed)
+    for one in (spread, random, matched):
+        assert sorted(one(found).tolist()) == list(range(found.count))
+    assert kept(found.scores(), matched(found), pattern) >= kept(found.scores(), spread(found), pattern)
+
+
+def test_spread_puts_one_neuron_of_each_quarter_into_each_group():
+    found = neurons(32, NM(2, 4))
+    ranks = found.norm().argsort(descending=True).argsort()[spread(found)].view(-1, 4)
+    assert torch.equal(ranks // 8, torch.arange(4).expand(8, 4))
+
+
+def best_by_brute_force(scores, pattern):
+    def partitions(left):
+        if not left:
+            yield []
+        for others in combinations(left[1:], pattern.m - 1) if left else ():
+            for rest in partitions([one for one in left[1:] if one not in others]):
+                yield [left[0], *others, *rest]
+
+    return max(kept(scores, torch.tensor(one), pattern) for one in partitions(list(range(scores.shape[1]))))
+
+
+@pytest.mark.parametrize("f", [8, 12])
+def test_matched_is_within_one_percent_of_the_optimum(f):
+    shares = []
+    for seed in range(8):
+        found = neurons(f, NM(2, 4), seed=seed)
+        shares.append(kept(found.scores(), matched(found), NM(2, 4)) / best_by_brute_force(found.scores(), NM(2, 4)))
+    assert 0.99 <= sum(shares) / len(shares) <= 1 + 1e-6
+    assert max(shares) > 0.999
+
+
+def test_matched_on_a_real_block_keeps_more_than_spread_and_released():
+    left = {}
+    for chosen in ("released", "spread", "matched"):
+        model = tiny_model("llama", torch.float64)
+        prune_model(model, BlockPruner(Method("magnitude", AXIS, NM(2, 4), order=chosen)), random_tokens())
+        left[chosen] = sum(p.weight.abs().sum() for block in find_blocks(model) for p in block.projections)
+    assert max(left["released"], left["spread"]) < left["matched"]
+
+
+def test_another_order_can_be_registered(monkeypatch):
+    monkeypatch.setitem(ORDERS, "backwards", ORDERS["random"])  # taken out again after the test
+
+    @order()
+    def backwards(neurons):
+        return torch.arange(neurons.count).flip(0)
+
+    masks = prune_model(tiny_model("llama"), BlockPruner(Method("magnitude", AXIS, NM(2, 4), order="backwards")))
+    assert all(mask.order[0] == len(mask.order) - 1 for mask in masks.values())
+
+
+def test_orders_that_cannot_be():
+    with pytest.raises(DassError, match=r"order sprea.*did you mean spread"):
+        Method("wanda", AXIS, NM(2, 4), order="sprea")
+    with pytest.raises(DassError, match="fits groups of N:M"):
+        Method("wanda", AXIS, Unstructured(0.5), order="matched")
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.scale = torch.nn.Parameter(torch.ones(model.config.intermediate_size))
+    with pytest.raises(DassError, match="scale holds one value for each"):
+        prune_model(model, BlockPruner(Method("magnitude", AXIS, NM(2, 4), order="random")))
