@@ -13,7 +13,7 @@ from dass.errors import Answers, DassError, finite, require_all, require_finite
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
 from dass.pruning.masks import NM, Mask, keep_most_important, select_mask
 from dass.pruning.method import Method
-from dass.pruning.order import ORDERS, Neurons, reorder, seeded
+from dass.pruning.order import ORDERS, Neurons, heads_of, move, reorder, seeded
 from dass.pruning.products import extent_of
 from dass.pruning.statistics import Statistics, Streams
 from dass.pruning.update import UPDATES, Choose, Rows
@@ -118,6 +118,7 @@ class BlockPruner:
         for unit in block.units if self.method.order != "released" else ():
             permutation = self._reorder(block, unit, streams)
             orders |= {p.name: permutation for p in unit.projections.values()}
+        orders |= self._reorder_heads(block, streams)
         before: Answers = []
         after: Answers = []
         chosen = []
@@ -134,29 +135,52 @@ class BlockPruner:
     def _reorder(self, block: Block, unit: Unit, streams: Streams) -> Tensor:
         """Put the neurons of an MLP in the method's order, with what is known of them; the permutation, `(f,)`."""
         method, seen = self.method, streams.get(unit.intermediate)
-        answers: Answers = []
         count = unit.projections["down"].weight.shape[1]
 
         def scores() -> Tensor:
-            lines = []
-            for p in self.projections(block):
-                if block.unit_of(p) is not unit:
-                    continue
-                if (method.axis_for(p.role) == "out") == (p.role != "down"):  # weights of several neurons compete
-                    weight, statistics = _accumulable(p.weight), self._statistics(block, [p], streams, answers)
-                    found = self._importance(weight, self._own(p, statistics), p.role)
-                    require_finite(found, f"The importance scores of {p.name}", answers)
-                    lines.append(found if p.role == "down" else found.T)
-            require_all(answers)
-            return torch.cat(lines) if lines else torch.empty(0, count)
+            own = [p for p in self.projections(block) if block.unit_of(p) is unit]
+            lines = [self._lines(block, p, streams) for p in own]
+            return torch.cat([torch.empty(0, count, device=own[0].weight.device), *lines]) if own else torch.empty(0)
 
         norm = seen.norm if seen else lambda: torch.empty(0)
-        neurons = Neurons(count, method.pattern, seeded(method.order_seed, unit), norm, scores)
+        neurons = Neurons(count, method.pattern, seeded(method.order_seed, unit.name), norm, scores)
         permutation: Tensor = ORDERS.find(method.order).function(neurons)
         reorder(block, unit, permutation)
         if seen:
             seen.reorder(permutation)
         return permutation
+
+    def _reorder_heads(self, block: Block, streams: Streams) -> dict[str, Tensor]:
+        """Put what each head of v writes, and o reads, in a matched order; the permutations by projection."""
+        method, chosen = self.method, {p.role: p for p in self.projections(block)}
+        if method.order != "matched" or not isinstance(method.pattern, NM) or not {"v", "o"} <= set(chosen):
+            return {}
+        v, o, norm = chosen["v"], chosen["o"], streams[chosen["o"].reads].norm()
+        lines = {role: self._lines(block, chosen[role], streams) for role in "vo"}
+        at = {role: torch.arange(lines[role].shape[1]) for role in "vo"}
+        for rows, columns in heads_of(block, method.pattern.m):
+            own = [lines["v"][:, rows], *(lines["o"][:, one] for one in columns)]
+            seed = seeded(method.order_seed, f"{v.name} {rows[0]}")
+            together = partial(torch.Tensor.sum, norm[columns], 0)
+            neurons = Neurons(len(rows), method.pattern, seed, together, partial(torch.cat, own))
+            found = ORDERS.find(method.order).function(neurons)
+            at["v"][rows], at["o"][columns] = rows[found], columns[:, found]
+        move(v, at["v"])
+        move(o, at["o"])
+        streams[o.reads].reorder(at["o"])
+        return {v.name: at["v"], o.name: at["o"]}
+
+    def _lines(self, block: Block, p: Projection, streams: Streams) -> Tensor:
+        """The scores of a projection in which weights of several neurons compete, `(lines, neurons)`; perhaps none."""
+        answers: Answers = []
+        reads_them = p.role in ("down", "o")
+        if (self.method.axis_for(p.role) == "out") == reads_them:
+            return p.weight.new_empty(0, p.weight.shape[1 if reads_them else 0], dtype=torch.float32)
+        statistics = self._statistics(block, [p], streams, answers)
+        found = self._importance(_accumulable(p.weight), self._own(p, statistics), p.role)
+        require_finite(found, f"The importance scores of {p.name}", answers)
+        require_all(answers)
+        return found if reads_them else found.T
 
     def _mask(self, p: Projection, statistics: Statistics, answers: Answers) -> Mask | None:
         """Which weights of a projection are kept; None where the update is to choose."""

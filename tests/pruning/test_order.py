@@ -12,7 +12,7 @@ from dass.errors import DassError
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import Method
-from dass.pruning.order import ORDERS, Neurons, kept, matched, order, random, reorder, seeded, spread
+from dass.pruning.order import ORDERS, Neurons, kept, matched, move, order, random, reorder, seeded, spread
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
 from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
@@ -40,7 +40,7 @@ def test_any_order_leaves_the_dense_function_as_it_is(layout):
     for block in find_blocks(model):
         for unit in block.units:
             f = unit.projections["down"].weight.shape[1]
-            reorder(block, unit, torch.randperm(f, generator=seeded(1, unit)))
+            reorder(block, unit, torch.randperm(f, generator=seeded(1, unit.name)))
             moved += 1
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-9, atol=1e-9)
     changed = sum(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -67,6 +67,31 @@ def test_pruning_in_an_order_is_pruning_the_reordered_model(criterion, chosen):
         assert torch.equal(mask.keep, masks[name].keep), name
     for weight, wanted in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(weight, wanted, rtol=1e-8, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES])
+def test_matched_reorders_inside_the_heads_too(architecture):
+    """The dense model in that order is the same function, and holds the pruned weights."""
+    axis = AXIS | {"q": "in", "k": "in", "v": "out", "o": "in"}
+    model, tokens = tiny_model(architecture, torch.float64), random_tokens(2)
+    expected, by_hand = model(tokens).logits, copy.deepcopy(model)
+    masks = prune_model(model, BlockPruner(Method("wanda", axis, NM(2, 4), order="matched"), "all"), tokens)
+    moved = 0
+    for block in find_blocks(by_hand):
+        for unit in block.units:
+            reorder(block, unit, masks[unit.projections["up"].name].order)
+        for role in "vo":
+            p = block.attention[role]
+            move(p, masks[p.name].order)
+            moved += not torch.equal(masks[p.name].order, torch.arange(len(masks[p.name].order)))
+    assert moved == 2 * len(find_blocks(by_hand))
+    torch.testing.assert_close(by_hand(tokens).logits, expected, rtol=1e-9, atol=1e-9)
+    for block in find_blocks(by_hand):
+        for p in block.projections:
+            p.weight.masked_fill_(~masks[p.name].keep, 0)
+    for weight, wanted in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", ["mixtral", "gpt2", "phi3", "gpt_oss"])
