@@ -3,11 +3,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 OUT := outputs/reproduce
 SCALE := small
+CUDA := ^(\#|nvidia|cuda|triton|setuptools)
 EXPERIMENTS := table1 table-glu-variants table-zero-shot ablation-alpha ablation-granularity ablation-calibration \
 	ablation-update sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce $(EXPERIMENTS) experiments tables train-tiny test test-slow lint format benchmark \
+.PHONY: help setup pins reproduce $(EXPERIMENTS) experiments tables train-tiny test test-slow lint format benchmark \
 	benchmark-gpu
 
 help: ## list the targets
@@ -15,11 +16,17 @@ help: ## list the targets
 
 setup: $(READY) ## make the environment in .venv (PYTHON=python3.11)
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $(READY)
+
+pins: ## pin every package anew from requirements.in, with uv
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --output-file constraints.txt requirements.in
+	@{ echo '# Made by `make pins`: uv pip compile --universal --python-version 3.11 requirements.in, without what only a'; \
+		echo '# CUDA build of torch brings; that is pinned by constraints.txt, and so asked for by nobody on a CPU.'; \
+		echo '--constraint constraints.txt'; grep -vE '$(CUDA)' constraints.txt; } > requirements.txt
 
 reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a table and a figure in outputs/reproduce
 	@# a finished sweep is made again from nothing; an interrupted one goes on where it stopped

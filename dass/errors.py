@@ -35,6 +35,11 @@ def first_line(error: BaseException) -> str:
     return gist.splitlines()[0].rstrip(".:")
 
 
+def one_line(text: object) -> str:
+    """A text that is quoted, without what would break its line: line breaks and all else that is not to be seen."""
+    return "".join(character if character.isprintable() else " " for character in str(text))
+
+
 Answers = list[tuple[DassError, torch.Tensor]]
 """What is wrong, and whether all is well instead: a boolean that may still be on its way on the device."""
 

@@ -5,19 +5,20 @@ is ours by its seal alone; one that was changed since, or that holds anything el
 """
 
 import contextlib
-import glob
+import ctypes
+import errno
+import fcntl
 import json
 import os
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from dass.errors import DassError
-from dass.records import file_sha256, write_atomically
+from dass.errors import DassError, told
+from dass.records import file_sha256, read_json, write_atomically
 
-SEAL = "dass.json"
+SEAL, LOCK = "dass.json", "lock"
 
 
 def is_saved(folder: Path, fingerprint: str) -> bool:
@@ -29,7 +30,7 @@ def is_saved(folder: Path, fingerprint: str) -> bool:
 def read_seal(folder: Path) -> tuple[str, dict[str, str]] | None:
     """The fingerprint of a folder and the SHA-256 of its files by name, unchecked; None where it has no seal."""
     try:
-        held = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        held = read_json(folder / SEAL)
         return str(held["fingerprint"]), dict(held["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -40,56 +41,156 @@ def write_seal(folder: Path, fingerprint: str, files: dict[str, str]) -> None:
     write_atomically(folder / SEAL, json.dumps({"fingerprint": fingerprint, "files": files}, indent=1) + "\n")
 
 
+def seal(folder: Path, fingerprint: str) -> dict[str, str]:
+    """Seal a folder with the checksums of all that it holds, by name, for everybody to read; returns them."""
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that nobody else may read
+    files = {name: file_sha256(folder / name) for name in _contents(folder)}
+    write_seal(folder, fingerprint, files)
+    return files
+
+
 def require_own_folder(folder: Path) -> None:
     """Raise DassError if a folder is there and is not one of ours as we wrote it; an empty one will do."""
-    linked = folder.is_symlink()
-    if not linked and (not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))):
-        return
-    held = None if linked else read_seal(folder)
-    if held is None or not _fits(folder, held[1]):
-        why = "is not one that this project wrote, or was changed since"
-    elif foreign := [name for name in _contents(folder) if name not in held[1]]:
-        why = f"also holds {foreign[0]}"
-    else:
-        return
-    raise DassError(f"{folder} would be replaced, but it {why}: choose another folder, or remove it yourself.")
+    with told(f"Nothing can be written to {folder}", "choose another folder", OSError):
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(_unfinished(folder))  # its name is longer
+        why = _why_foreign(folder)
+    if why:
+        raise DassError(f"{folder} would be replaced, but it {why}: choose another folder, or remove it yourself.")
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, fingerprint: str) -> Iterator[Path]:
-    """A new folder to write into, which is sealed and takes its place at the end, where there may be one of ours.
+    """A new folder to write into, which takes its place at the end, where there may be one of ours.
 
-    The new one is complete before the old one goes, and an interruption leaves one of them under the name.
+    It is sealed then, unless it is already. The new one is complete before the old one goes, and an interruption leaves
+    one of them under the name. DassError if something else is there, or another process is writing it.
     """
     folder = folder.absolute()
-    require_own_folder(folder)
-    with temporary_beside(folder) as temporary:
+    with temporary_beside(folder, wait=False) as temporary:
+        require_own_folder(folder)
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
-        for path in new.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that nobody else may read
-        write_seal(new, fingerprint, {name: file_sha256(new / name) for name in _contents(new)})
-        try:
-            if folder.exists():
-                os.rename(folder, old)
+        if read_seal(new) is None:
+            seal(new, fingerprint)
+        if not folder.exists():
             os.rename(new, folder)
-        finally:
-            _put_back(old, folder)
+            return
+        _replace(folder, new, old)
+        if why := _why_foreign(old):
+            _replace(folder, old, new)
+            raise DassError(f"{folder} would be replaced, but it {why} meanwhile: choose another folder.")
 
 
 @contextlib.contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of a path, removed at the end, as is what killed processes left there."""
+def temporary_beside(path: Path, wait: bool = True) -> Iterator[Path]:
+    """A temporary folder on the file system of a path, for one process at a time, removed at the end.
+
+    What a killed process left there is removed first, but for the folder that it had moved aside, which is put back.
+
+    Args:
+        wait: until another process is done; otherwise DassError says that there is one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.{socket.gethostname()}-"
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _runs(leftover.name.removeprefix(prefix).split(".")[0]):
-            _put_back(leftover / "old", path)
-            shutil.rmtree(leftover, ignore_errors=True)
-    prefix += f"{os.getpid()}."
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as temporary:
-        yield Path(temporary)
+    folder = _unfinished(path)
+    with _locked(folder, wait) as free:
+        if not free:
+            raise DassError(f"Another process is writing {path} just now: wait for it, or choose another place.")
+        try:
+            _clear(folder, path)
+            yield folder
+        finally:
+            _clear(folder, path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.parent / f".{path.name}.unfinished"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """A folder that is there while this process has it; False if another one does. A lock ends with its process."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            file = open(folder / LOCK, "ab")  # noqa: SIM115  (it is closed below)
+        except FileNotFoundError:  # another process was done with the folder, and has just removed it
+            continue
+        with file:
+            if not _lock(file, wait):
+                yield False
+                return
+            if not _is_at(file, folder / LOCK):
+                continue
+            try:
+                yield True
+            finally:
+                with contextlib.suppress(OSError):  # the next process may have it already
+                    os.unlink(folder / LOCK)
+                    folder.rmdir()
+            return
+
+
+def _lock(file: IO[bytes], wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise  # else a file system without locks, as some clusters have: no reason to lose a model
+    return True
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _clear(folder: Path, path: Path) -> None:
+    """Empty a temporary folder; what stood under the name before comes back if nothing took its place."""
+    old = folder / "old"
+    if old.exists() and not os.path.lexists(path):
+        os.rename(old, path)
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        elif left.name != LOCK:
+            left.unlink()
+
+
+def _replace(folder: Path, new: Path, old: Path) -> None:
+    """Put a new folder under the name of one that goes aside: at once, where the system can."""
+    if _exchange(new, folder):
+        os.rename(new, old)
+    else:
+        os.rename(folder, old)
+        os.rename(new, folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change their names in one step (Linux, most file systems); whether it was done."""
+    try:
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    except AttributeError:
+        return False
+
+
+def _why_foreign(folder: Path) -> str | None:
+    """Why a folder is not ours to replace; None where it is, or is empty, or is not there."""
+    linked = folder.is_symlink()
+    if not linked and (not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))):
+        return None
+    held = None if linked else read_seal(folder)
+    if held is None or not _fits(folder, held[1]):
+        return "is not one that this project wrote, or was changed since"
+    foreign = [name for name in _contents(folder) if name not in held[1]]
+    return f"also holds {foreign[0]}" if foreign else None
 
 
 def _contents(folder: Path) -> list[str]:
@@ -99,20 +200,7 @@ def _contents(folder: Path) -> list[str]:
 
 
 def _fits(folder: Path, files: dict[str, str]) -> bool:
-    return all((folder / name).is_file() and file_sha256(folder / name) == sha256 for name, sha256 in files.items())
-
-
-def _put_back(old: Path, folder: Path) -> None:
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-
-
-def _runs(pid: str) -> bool:
-    """Whether a process of this machine runs, as far as one can tell."""
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        return all((folder / name).is_file() and file_sha256(folder / name) == sha256 for name, sha256 in files.items())
+    except OSError:
         return False
-    except (PermissionError, ValueError):
-        pass
-    return True

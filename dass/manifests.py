@@ -1,17 +1,22 @@
 """What a sweep was to run: one JSON file beside its records, from which a report tells what is missing."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dass.errors import DassError, told
-from dass.records import write_atomically
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from dass.errors import DassError, one_line, told
+from dass.record_schema import Config, in_words
+from dass.records import paths_in, read_json, write_atomically
 
 FOLDER = "manifests"  # inside that of the records
+STRICT = ConfigDict(strict=True)  # no word is taken for a number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PlannedRun:
     """One run of a sweep."""
 
@@ -21,7 +26,7 @@ class PlannedRun:
     why: str | None  # the reason why there is no record, in a sentence; None: none is known
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Manifest:
     """The runs of a sweep, in order, and how they are reported."""
 
@@ -42,18 +47,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> Path:
 
 def read_manifest(path: Path) -> Manifest:
     """Read one manifest; a missing, corrupt or foreign file raises DassError that names it."""
-    kinds = (OSError, ValueError, TypeError, KeyError, AttributeError)
-    with told(f"{path} is not a readable manifest", "launch its sweep again", *kinds):
-        tree = json.loads(path.read_text(encoding="utf-8"))
+    kinds = (OSError, ValueError, TypeError)
+    with told(f"{path} is not a readable manifest", "launch its sweep again", *kinds), in_words():
+        tree = read_json(path)
+        if not isinstance(tree, dict) or not isinstance(tree.get("runs"), list):
+            raise ValueError("it has no runs")
         manifest = Manifest(**tree | {"runs": [PlannedRun(**run) for run in tree["runs"]]})
-        keys = [manifest.report, *manifest.command, *(key for run in manifest.runs for key in run.config)]
-        if not all(isinstance(key, str) for key in keys):
-            raise ValueError("names are not words")
+        for config in filter(None, (run.config for run in manifest.runs)):
+            Config.model_validate(config)
     if manifest.name != path.stem:
-        raise DassError(f"{path} is the manifest of {manifest.name}: give it back its name.")
+        raise DassError(f"{path} is the manifest of {one_line(manifest.name)}: give it back its name.")
     return manifest
 
 
 def read_manifests(folder: Path) -> list[Manifest]:
     """All manifests beside the records in `folder`, in the order of their names; DassError names a malformed one."""
-    return [read_manifest(path) for path in sorted((folder / FOLDER).glob("*.json"))]
+    return [read_manifest(path) for path in paths_in(folder / FOLDER, ".json")]

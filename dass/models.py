@@ -1,7 +1,6 @@
 """Load a causal language model from the hub or a folder, and refuse what cannot be pruned."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from dass import hub
+from dass.checkpoint import require_places, require_weights, stored_tensors
 from dass.data.tokens import Tokenizer
-from dass.errors import DassError, first_line, require_finite, told
-from dass.folders import SEAL
-from dass.records import file_sha256, identity_of
+from dass.errors import DassError, finite, first_line, require_finite, told
 
 transformers_logging.disable_progress_bar()  # loading is a matter of seconds; the long stages have bars of ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-NEEDED = "check path or id, files and network; it must be a causal language model with safetensors weights"
-CONTENT_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of weights, configuration and tokenizer
+NEEDED = "check its files; it must be a causal language model with safetensors weights"
 
 
 def resolve_device(device: str) -> torch.device:
@@ -43,8 +41,9 @@ def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:
 
 def load_config(source: str, revision: str | None) -> Any:
     """The transformers config of a hub id or folder; DassError where it cannot be read."""
-    with _loading(source):
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    folder = source if Path(source).is_dir() else hub.fetch(source, "config.json", revision).parent
+    with _loading(source, f"Cannot load {source}, whose config.json is not understood"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def require_supported(config: Any) -> None:
@@ -63,6 +62,11 @@ def require_supported(config: Any) -> None:
         raise DassError(f"The blocks of {name} are attention or an MLP, not both: choose a model with both in each.")
 
 
+def model_folder(source: str, revision: str | None, weights: bool = True) -> Path:
+    """The folder to read a model from: the source itself, or where the hub's files are in the cache, fetched first."""
+    return Path(source) if Path(source).is_dir() else hub.model_files(source, revision, weights)
+
+
 def load_model(source: str, revision: str | None, dtype: str, device: torch.device) -> PreTrainedModel:
     """A causal language model in evaluation mode, on one device.
 
@@ -72,59 +76,42 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
         dtype: one of `DTYPES`.
 
     Raises:
-        DassError: it cannot be loaded (absent, gated, without weights), or a weight is NaN or infinite.
+        DassError: it cannot be loaded (absent, gated, without weights, quantised), its weights are not those that its
+            configuration speaks of, or one is NaN or infinite.
     """
-    if Path(source).is_dir():
-        require_weights(Path(source))
-    config = load_config(source, revision)
+    folder = model_folder(source, revision)
+    require_weights(folder)
+    config = load_config(str(folder), None)
     require_supported(config)
-    with _loading(source):
+    stored = stored_tensors(folder)
+    with _loading(source), _quiet():
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
+            folder,
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by name below
         )
-    if missing := sorted(loading["missing_keys"]):
-        raise DassError(f"The weights of {source} lack {missing[0]} (and {len(missing) - 1} more): save it again.")
+    require_places(model, stored, loading, source)
     for name, parameter in model.named_parameters():
+        if dtype == "float16" and not finite(parameter):
+            why = f"hold NaN or infinite values as float16, whose largest is {torch.finfo(torch.float16).max:g}"
+            raise DassError(f"The weights {name} of {source} {why}: choose model.dtype=bfloat16.", "model.dtype")
         require_finite(parameter, f"The weights {name} of {source}")
     return model.eval().requires_grad_(False)
-
-
-def require_weights(folder: Path) -> None:
-    """Raise DassError if a model folder holds no safetensors; pickled weights do not count."""
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.safetensors.index.json")):
-        raise DassError(f"The model folder {folder} holds no weights (*.safetensors): save the model there first.")
 
 
 def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
     """The tokenizer of a hub id or folder; DassError where there is none."""
     advice = "save one beside the model, or calibrate on tokens and evaluate nothing"
+    folder = model_folder(source, revision, weights=False)
+    if (folder / "config.json").is_file():
+        load_config(str(folder), None)  # a tokenizer asks for it, too, and would take the blame
     with _loading(source, f"{source} has no usable tokenizer", advice):
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-
-
-def model_contents(folder: Path) -> str:
-    """16 hex digits over the names and contents of a model folder's weights, configuration and tokenizer.
-
-    Shards that an index names count wherever they lie; cards, licences and our own seal do not. DassError if one lacks.
-    """
-    if not folder.is_dir():
-        raise DassError(f"There is no model folder {folder}: give a folder written by `save_pretrained`.", "model.path")
-    require_weights(folder)
-    ours = (SEAL, "LICEN", "NOTICE", "COPYING", "USE_POLICY")
-    names = {p.name for p in folder.iterdir() if p.suffix in CONTENT_SUFFIXES and not p.name.startswith(ours)}
-    for index in folder.glob("*.safetensors.index.json"):
-        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for name in names:
-        if not (folder / name).exists():
-            raise DassError(f"{folder} lacks {name}, which its index names: fetch it again.")
-    return identity_of({name: file_sha256(folder / name) for name in names})
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
@@ -150,6 +137,17 @@ def parameter_bytes(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own reports of what does not match."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
 def _loading(source: str, what: str | None = None, advice: str = NEEDED) -> Iterator[None]:
     """Tell in a sentence why a model or its tokenizer cannot be loaded."""
     try:
@@ -157,7 +155,4 @@ def _loading(source: str, what: str | None = None, advice: str = NEEDED) -> Iter
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a foreign file can make transformers raise anything
-        if any(word in str(error).lower() for word in ("gated", "restricted")):  # its licence has to be accepted first
-            reason = f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`."
-            raise DassError(reason) from error
         raise DassError(f"{what or f'Cannot load {source}'} ({first_line(error)}): {advice}.") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dass.errors import DassError, told
+from dass.errors import DassError, one_line, told
 
 RECORD_KEYS: tuple[str, ...] = ("id", "identity", "determinants", "command", "config", "git", "versions", "machine")
 RECORD_KEYS += ("stages", "sparsity", "metrics", "windows", "files", "failed")
@@ -71,10 +71,27 @@ def write_record(results_dir: Path, record: dict[str, Any]) -> Path:
     return path
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError where a key stands twice, or a number or a text cannot be written again."""
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("there is no such file")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer, object_pairs_hook=_unique)
+        require_writable_again(tree)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return tree
+
+
+def require_writable_again(tree: Any) -> None:
+    """Raise ValueError where a tree holds NaN, or a text with half a character (a lone surrogate)."""
+    json.dumps(tree, ensure_ascii=False, allow_nan=False).encode()
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read one record; a corrupt or foreign file raises DassError that names it."""
     with told(f"{path} is not a readable record", "delete it and run again", OSError, ValueError):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     if not isinstance(record, dict) or not set(RECORD_KEYS) <= set(record) or record["id"] != path.stem:
         raise DassError(f"{path} is JSON but not a record of this project: move it out of the records' folder.")
     return record
@@ -86,14 +103,32 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     A corrupt or foreign JSON file is named on stderr and left out; no record at all raises DassError.
     """
     records = []
-    for path in sorted(folder.glob("*.json")):
+    for path in paths_in(folder, ".json"):
         try:
             records.append(read_record(path))
         except DassError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {one_line(error)}", file=sys.stderr)
     if not records:
         raise DassError(f"No records in {folder}: run `python -m experiments.prune`, or name another folder.")
     return records
+
+
+def paths_in(folder: Path, suffix: str) -> list[Path]:
+    """The paths of a folder that end in a suffix, by name; none where there is no folder."""
+    with told(f"Cannot look into {folder}", "check the path", OSError):
+        return sorted(folder.glob(f"*{suffix}"))
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the integer {digits[:20]} is beyond 64 bits")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def git_state() -> dict[str, Any]:

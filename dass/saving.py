@@ -5,6 +5,7 @@ The folder is one of ours in the sense of dass/folders.py, and replaces no other
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -13,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dass import hub
 from dass.data.tokens import Tokenizer
-from dass.errors import DassError, first_line, require_finite, told
-from dass.folders import SEAL, read_seal, whole_folder, write_seal
+from dass.errors import DassError, finite, first_line, told
+from dass.folders import SEAL, read_seal, seal, temporary_beside, whole_folder, write_seal
 from dass.models import DTYPES
 from dass.records import file_sha256, write_atomically
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
-BESIDE = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"]
-BESIDE += ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "additional_chat_templates/*.jinja"]
+BESIDE = [*hub.BESIDE, "additional_chat_templates/*.jinja"]
 """What is copied of a source: no weights, pickles or code; nor the names below and indices, which are written anew."""
 WRITTEN = ("config.json", SOURCE_CARD, SEAL)
 FOREIGN_KEYS = ("sparsity_config", "auto_map")
@@ -110,7 +111,13 @@ def round_to(model: PreTrainedModel, dtype: str) -> None:
     for name, tensor, target in _stored(model, dtype):
         if tensor.dtype != target and tensor.numel():
             rounded = tensor.to(target)
-            require_finite(rounded, f"The weights {name}, rounded to {dtype},")
+            if not finite(rounded):
+                raise DassError(
+                    f"The weights {name}, rounded to {dtype}, hold NaN or infinite values, its largest being "
+                    f"{torch.finfo(target).max:g}: set model.dtype=bfloat16, or let the update obs clip them with "
+                    f"method.clip=true.",
+                    field="model.dtype",
+                )
             tensor.copy_(rounded)
 
 
@@ -139,7 +146,7 @@ def save_model(
         SHA-256 of the weight files by name.
 
     Raises:
-        DassError: the folder holds something else, or cannot be written.
+        DassError: the folder holds something else, another process writes it just now, or it cannot be written.
     """
     round_to(model, dtype)
     kinds = (OSError, SafetensorError)
@@ -156,17 +163,28 @@ def save_model(
         kept = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
         (new / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         (new / CARD).write_text(card, encoding="utf-8")
-    _, files = read_seal(folder) or ("", {})
+        files = seal(new, fingerprint)
     return {name: sha256 for name, sha256 in files.items() if name.endswith(".safetensors")}
 
 
-def write_card(folder: Path, card: str) -> None:
-    """Give a saved model another card, such as one with the metrics measured since; DassError if it is not ours."""
-    held = read_seal(folder)
-    if held is None or not (folder / CARD).is_file() or held[1].get(CARD) != file_sha256(folder / CARD):
-        raise DassError(f"{folder} holds no saved model, or its card was changed since: save it again.")
-    write_atomically(folder / CARD, card)
-    write_seal(folder, held[0], held[1] | {CARD: file_sha256(folder / CARD)})
+def write_card(folder: Path, card: str, fingerprint: str) -> None:
+    """Give a saved model another card, such as one with the metrics measured since.
+
+    DassError if the folder is not ours as we wrote it, or another run has replaced it since.
+    """
+    with (
+        told(f"Cannot write into {folder}", "free space or check its permissions", OSError, field="save_model"),
+        temporary_beside(folder.absolute()) as temporary,  # so that nobody replaces it meanwhile
+    ):
+        held = read_seal(folder)
+        if held is None or not (folder / CARD).is_file() or held[1].get(CARD) != file_sha256(folder / CARD):
+            raise DassError(f"{folder} holds no saved model, or its card was changed since: save it again.")
+        if held[0] != fingerprint:
+            raise DassError(f"{folder} holds the model of another run by now, so its card stays: use a folder each.")
+        write_atomically(temporary / CARD, card)
+        write_seal(temporary, held[0], held[1] | {CARD: file_sha256(temporary / CARD)})
+        for name in (CARD, SEAL):  # one after the other, with nothing between them
+            os.replace(temporary / name, folder / name)
 
 
 def _stored(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, Tensor, torch.dtype]]:
@@ -199,7 +217,7 @@ def _beside(source: str, revision: str | None) -> Path | None:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=BESIDE))
+        return hub.model_files(source, revision, weights=False)
     except Exception as error:  # the weights are worth saving all the same
         print(f"note: the files beside the weights of {source} are out of reach: {first_line(error)}", file=sys.stderr)
         return None

@@ -1,6 +1,8 @@
 """What share of the weights is zero, and masks as files."""
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dass.errors import DassError, told
+from dass.errors import DassError, one_line, told
+from dass.folders import temporary_beside
 from dass.pruning.blocks import Block, Projection, mlp_matrices
 from dass.pruning.layout import find_blocks
-from dass.pruning.masks import NM, Mask, Unstructured, verify_mask
+from dass.pruning.masks import AXES, NM, Mask, Unstructured, verify_mask
 from dass.records import write_atomically
 
 MASKS_FILE = "masks.safetensors"
@@ -78,15 +81,44 @@ class PackedMasks:
         }
 
     def write(self, folder: Path, provenance: dict[str, Any]) -> Path:
-        """Write `folder/masks.safetensors` atomically.
+        """Write `folder/masks.safetensors`, whole or not at all; replaces one that we wrote and nobody changed.
 
         Args:
             provenance: where the masks come from (run id, config, versions); kept in the file's header.
+
+        Raises:
+            DassError: another file is there, another process writes it just now, or it cannot be written.
         """
-        metadata = {"provenance": json.dumps(provenance), "masks": json.dumps(self.about)}
-        path = folder / MASKS_FILE
-        write_atomically(path, save(self.bits, metadata))
+        path, about = folder / MASKS_FILE, {"provenance": json.dumps(provenance), "masks": json.dumps(self.about)}
+        content = save(self.bits, about | {"sha256": _checksum(self.bits, about)})
+        with (
+            told(f"Cannot write {path}", "free space or choose another folder", OSError, field="masks"),
+            temporary_beside(path, wait=False) as temporary,
+        ):
+            require_own_masks(folder)
+            write_atomically(temporary / MASKS_FILE, content)
+            os.replace(temporary / MASKS_FILE, path)
         return path
+
+
+def require_own_masks(folder: Path) -> None:
+    """Raise DassError if `folder/masks.safetensors` is there and is not one of ours as we wrote it."""
+    path = folder / MASKS_FILE
+    if not os.path.lexists(path):
+        return
+    try:
+        with _opened(path) as file:
+            about = dict(file.metadata())
+            seal = about.pop("sha256")
+            bits = {name: torch.from_numpy(file.get_tensor(name)) for name in list(file.keys())}
+        ours = not path.is_symlink() and seal == _checksum(bits, about)
+    except Exception:  # a foreign file may be anything
+        ours = False
+    if not ours:
+        raise DassError(
+            f"{path} would be replaced, but it is not one that this project wrote, or was changed since: choose "
+            f"another folder, or remove it yourself."
+        )
 
 
 def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
@@ -96,21 +128,45 @@ def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
         DassError: no such file, not such a file, or a mask that breaks its own pattern.
     """
     path, masks = folder / MASKS_FILE, {}
-    kinds = (OSError, SafetensorError, KeyError, TypeError, ValueError)
-    with (
-        told(f"{path} is not a file of masks", "write one with `masks=DIR`", *kinds),
-        safe_open(path, framework="np") as file,
-    ):
+    # a foreign file may make the readers raise anything
+    with told(f"{path} is not a file of masks", "write one with `masks=DIR`", Exception), _opened(path) as file:
         metadata = file.metadata()
         provenance, about = json.loads(metadata["provenance"]), json.loads(metadata["masks"])
+        if not isinstance(provenance, dict) or set(about) != set(file.keys()):
+            raise ValueError("its header does not describe what it holds")
         for name, facts in about.items():
-            rows, columns = facts["shape"]
-            bits = np.unpackbits(file.get_tensor(name), count=rows * columns).reshape(rows, columns)
-            pattern = (Unstructured if "ratio" in facts["pattern"] else NM)(**facts["pattern"])
-            masks[name] = Mask(torch.from_numpy(bits.astype(bool)), pattern, facts["axis"], facts["column_block"])
-    for name, mask in masks.items():
-        verify_mask(mask, name)
+            masks[name] = _unpacked(file, name, **facts)
+            verify_mask(masks[name], one_line(name))
     return masks, provenance
+
+
+def _unpacked(
+    file: Any, name: str, shape: list[int], axis: Any, pattern: dict[str, Any], column_block: int | None
+) -> Mask:
+    """One mask of a file; an error of any kind if it is none."""
+    packed = file.get_slice(name)  # nothing is read yet
+    sizes = [*shape, *([] if column_block is None else [column_block])]
+    if len(shape) != 2 or not all(type(size) is int and size > 0 for size in sizes) or axis not in AXES:
+        raise ValueError(f"{one_line(name)} has no such shape, axis or block of columns")
+    if packed.get_dtype() != "U8" or list(packed.get_shape()) != [-(-shape[0] * shape[1] // 8)]:
+        raise ValueError(f"{one_line(name)} does not hold a bit for each of its {shape[0]} x {shape[1]} weights")
+    bits = np.unpackbits(packed[:], count=shape[0] * shape[1]).reshape(shape)
+    kind = Unstructured if "ratio" in pattern else NM
+    return Mask(torch.from_numpy(bits.astype(bool)), kind(**pattern), axis, column_block)
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("there is no such file")
+    return safe_open(path, framework="np")
+
+
+def _checksum(bits: dict[str, Tensor], about: dict[str, str]) -> str:
+    """SHA-256 of all that a file of masks holds."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(bits):
+        digest.update(bits[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

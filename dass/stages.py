@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -80,7 +81,10 @@ def resident_memory() -> int:
 def release_freed_memory() -> None:
     """Give freed memory back to the system; the allocator keeps it otherwise, beside what comes next.
 
-    A tokenizer leaves half a kilobyte per token of a long text behind, the walk all its activations.
+    A tokenizer leaves half a kilobyte per token of a long text behind, a reader of data sets its buffers, the walk all
+    its activations.
     """
+    if (arrow := sys.modules.get("pyarrow")) is not None:  # it has an allocator of its own
+        arrow.default_memory_pool().release_unused()
     with suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

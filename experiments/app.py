@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dass.errors import DassError
+from experiments.signals import exit_on_signals
 
 CONF = Path(__file__).parent.parent / "conf"
 Settings = TypeVar("Settings")
@@ -55,6 +56,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     brings the traceback back. In a sweep each failing job prints its sentence (a bug: its traceback), the others go on,
     and the exit code is 1.
     """
+    exit_on_signals()
     debug = "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
     os.environ.setdefault("DASS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))  # inherited by the jobs of a sweep

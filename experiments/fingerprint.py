@@ -1,66 +1,40 @@
 """The one identity of a run: a hash over what determines its result, and only what the run uses.
 
-Values that equal the documented `BASELINE` are left out, so that a new setting with a default changes no old identity.
+Values that equal the documented `BASELINE` of `dass/fingerprint.py` are left out: a setting's default is named there.
 What a name hides is in it: contents of files, revisions of the hub, the code of criterion and update, and `NUMERICS`.
 """
 
 import ast
-import functools
 import inspect
+import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dass import hub
+from dass.checkpoint import model_contents
 from dass.data import assets
-from dass.data.sources import find_source
+from dass.data.sources import SOURCES, find_source
+from dass.data.tokens import default_bos
 from dass.evaluation import door
-from dass.models import model_contents
-from dass.pruning import NUMERICS
+from dass.fingerprint import Fingerprint, hashed
+from dass.models import load_config, load_tokenizer
+from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.criteria import CRITERIA
-from dass.pruning.method import BlockPruner
+from dass.pruning.order import ORDERS
 from dass.pruning.update import UPDATES
 from dass.records import identity_of
 from dass.training.tiny import recipe_identity, trained_model
+from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
 
-BASELINE: dict[str, dict[str, Any]] = {
-    "model": {"dtype": "float32"},
-    "method": {"update": "none", "parameters": {}, "targets": "mlp", "exclude": None, "projections": {}}
-    | {"rounded": True},
-    "calibration": {"bos": "tokenizer", "join": False, "seed": 0, "n_sequences": None, "seq_len": None}
-    | {"min_expert_tokens": None},
-    "evaluation": {"bos": "tokenizer", "seq_len": None, "n_windows": None, "limit": None},
-}
-"""What is not hashed: a value that is not named here is."""
 
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What determines a run, part by part."""
-
-    parts: dict[str, dict[str, Any] | None]  # model, method, calibration, evaluation; None where the run has none
-
-    @property
-    def id(self) -> str:
-        """16 hex digits for the whole."""
-        return identity_of({"numerics": NUMERICS, **{name: hashed(name, part) for name, part in self.parts.items()}})
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the record: 16 hex digits for each part, so that runs are compared that read the same."""
-        parts = {name: part and identity_of(hashed(name, part)) for name, part in self.parts.items()}
-        return {"numerics": NUMERICS, **parts}
-
-
-def hashed(name: str, part: dict[str, Any] | None) -> dict[str, Any]:
-    """A part without the values of the baseline."""
-    baseline = BASELINE[name]
-    return {key: value for key, value in (part or {}).items() if key not in baseline or baseline[key] != value}
-
-
-def fingerprint_of(config: PruneConfig, pruners: dict[str, BlockPruner], dtype: str) -> Fingerprint:
+def fingerprint_of(config: PruneConfig, pruners: Mapping[str, Pruner], dtype: str) -> Fingerprint:
     """The identity of a run that computes in `dtype`; DassError where a file that it names is not there."""
+    config = pinned(config, any(map(needs_calibration, pruners.values())))
     prunings = {name: _method(config, name, pruner) for name, pruner in pruners.items()}
     compared = {name: hashed("method", part) for name, part in prunings.items()}
     method = {"compared": compared} if len(prunings) > 1 else next(iter(prunings.values()), None)
@@ -75,9 +49,44 @@ def fingerprint_of(config: PruneConfig, pruners: dict[str, BlockPruner], dtype: 
     )
 
 
-def needs_calibration(pruner: BlockPruner) -> bool:
+def pinned(config: PruneConfig, calibrates: bool) -> PruneConfig:
+    """The settings without what is only known outside of them.
+
+    A commit stands in the place of each branch of the hub that is read, as it may move meanwhile, and where nothing
+    says how a text begins, what the model wants.
+    """
+    model, calibration, evaluation = config.model, config.calibration, config.evaluation
+    if model.hub_id is not None:
+        model = replace(model, revision=hub.commit_of(model.hub_id, model.revision))
+    if calibrates and (repository := hub_text(calibration)):
+        calibration = replace(calibration, revision=hub.commit_of(repository, calibration.revision, "dataset"))
+    if repository := hub_text(evaluation):
+        evaluation = replace(evaluation, revision=hub.commit_of(repository, evaluation.revision, "dataset"))
+    if calibrates and calibration.bos is None:
+        calibration = replace(calibration, bos=_bos(model))
+    if evaluation.name != "none" and evaluation.bos is None:
+        evaluation = replace(evaluation, bos=_bos(model))
+    return replace(config, model=model, calibration=calibration, evaluation=evaluation)
+
+
+def _bos(model: ModelConfig) -> str:
+    """Where the model wants a BOS token; a note on stderr tells of one that is not its tokenizer's doing."""
+    source = source_of(model)
+    bos = default_bos(load_config(source, model.revision), partial(load_tokenizer, source, model.revision))
+    if bos != "tokenizer":
+        print(f"note: {model.name} is a Gemma, whose texts begin with a BOS each: model.bos={bos}", file=sys.stderr)
+    return bos
+
+
+def hub_text(text: CalibrationConfig | EvaluationConfig) -> str | None:
+    """The data set on the hub that a text is read from; None of other texts and of a file in its place."""
+    found = SOURCES.get(text.name)
+    return found.repository if found is not None and text.path is None else None
+
+
+def needs_calibration(pruner: Pruner) -> bool:
     """Whether a method reads any statistics."""
-    return any(pruner.method.needs_for(role) for role in pruner.roles)
+    return isinstance(pruner, AdaptivePruner) or any(pruner.method.needs_for(role) for role in pruner.roles)
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
@@ -85,22 +94,11 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     if model.packaged is not None:
         return {"packaged": model.packaged, "sha256": assets.packaged_sha256(model.packaged)}
     if model.trained is not None:  # a recipe gives the same weights on one machine only
-        contents = _contents(trained_model(model.trained))
+        contents = model_contents(trained_model(model.trained))
         return {"trained": recipe_identity(model.trained), "contents": contents}
     if model.path is not None:
-        return {"contents": _contents(Path(model.path).expanduser())}
+        return {"contents": model_contents(Path(model.path).expanduser())}
     return {"hub_id": model.hub_id, "revision": model.revision}
-
-
-def _contents(folder: Path) -> str:
-    """What a folder holds; hashed once in a sweep, unless a file has changed since."""
-    stamps = (path.stat() for path in sorted(folder.rglob("*"))) if folder.is_dir() else ()
-    return _contents_at(folder, tuple((stamp.st_ino, stamp.st_size, stamp.st_mtime_ns) for stamp in stamps))
-
-
-@functools.cache
-def _contents_at(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:
-    return model_contents(folder)
 
 
 def code_of(function: Callable[..., Any]) -> str:
@@ -125,12 +123,16 @@ def code_of(function: Callable[..., Any]) -> str:
     return identity_of(sources)
 
 
-def _method(config: PruneConfig, name: str, pruner: BlockPruner) -> dict[str, Any]:
+def _method(config: PruneConfig, name: str, pruner: Pruner) -> dict[str, Any]:
     """What determines the pruned weights, besides the model and the calibration."""
+    if isinstance(pruner, AdaptivePruner):
+        candidates = {one: hashed("method", _method(config, one, own)) for one, own in pruner.candidates.items()}
+        return {"name": name, "candidates": candidates, "share": pruner.share}
     method = pruner.method
     criterion, update = CRITERIA.find(method.criterion), UPDATES.find(method.update)
     used = [criterion, *map(method.criterion_for, pruner.roles)]
     code = {entry.function.__name__: code_of(entry.function) for entry in used}
+    order = {"name": method.order, "seed": method.order_seed, "code": code_of(ORDERS.find(method.order).function)}
     defaults = criterion.parameters() | update.parameters()
     return {
         "name": name,
@@ -140,6 +142,7 @@ def _method(config: PruneConfig, name: str, pruner: BlockPruner) -> dict[str, An
         "code": code | {f"{method.update} (update)": code_of(update.function)},
         "parameters": {key: value for key, value in method.all_parameters().items() if value != defaults[key]},
         "pattern": vars(method.pattern),
+        "order": None if method.order == "released" else order,
         "targets": pruner.targets,
         "exclude": pruner.exclude,
         "projections": dict(config.model.projections or {}),

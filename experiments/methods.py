@@ -1,43 +1,77 @@
 """From the config's words to a pruning method of the library."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from dass.errors import DassError
+from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import ROLES
 from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import NM, Pattern, Unstructured
-from dass.pruning.method import BlockPruner, Method
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
 from dass.pruning.update import UPDATES
 from experiments.app import CONF, typed
 from experiments.schema import MethodConfig, PruneConfig, SparsityConfig
 
+Pruner = BlockPruner | AdaptivePruner
 
-def pruners_of(config: PruneConfig) -> dict[str, BlockPruner]:
+
+def pruners_of(config: PruneConfig) -> Mapping[str, Pruner]:
     """The methods of a run by name: none for the dense model, one, or those that `method=compare` names.
 
     Raises:
         DassError: a value or combination that means nothing.
     """
-    names = config.method.get("methods")
+    names, candidates = config.method.get("methods"), config.method.get("candidates")
+    if candidates is not None:
+        return {str(config.method["name"]): _adaptive(config, candidates)}
     if names is None:
         pruner = _pruner(config, config.method)
         return {} if pruner is None else {str(config.method["name"]): pruner}
     if others := set(config.method) - {"name", "methods"}:
         raise DassError(f"method.{min(others)} has no effect where methods are compared as their files say: remove it.")
-    pruners = {}
-    for name in names:
-        file = CONF / "method" / f"{name}.yaml"
-        pruner = _pruner(config, OmegaConf.to_container(OmegaConf.load(file))) if file.is_file() else None  # type: ignore[arg-type]
-        if pruner is None:
-            raise DassError(f"method.methods names {name}, which is no method that prunes: see conf/method.")
-        pruners[str(name)] = pruner
+    return compared(config, names)
+
+
+def compared(config: PruneConfig, names: Sequence[Any]) -> dict[str, BlockPruner]:
+    """Methods as their files in conf/method say; DassError where one does not prune, or there is one alone."""
+    pruners = {str(name): _from_file(config, "methods", str(name), {}) for name in names}
     if len(pruners) < 2:
         raise DassError("method.methods must name at least two methods to compare.")
     return pruners
+
+
+def _adaptive(config: PruneConfig, candidates: Any) -> AdaptivePruner:
+    """The choice between methods: each as its file says, with other values where they are given beside its name."""
+    words = dict(config.method)
+    shared = {key: words.pop(key) for key in ("order", "order_seed", "update", "exclude") if key in words}
+    share = words.pop("share", 0.25)
+    if others := set(words) - {"name", "candidates"}:
+        raise DassError(f"method.{min(others)} has no effect where candidates are chosen from: set it in one of them.")
+    pruners = {}
+    for one in candidates if isinstance(candidates, list) else ():
+        own = dict(one) if isinstance(one, dict) else {"name": one}
+        file, changes = str(own.pop("name", None)), own
+        name = " ".join([file, *(f"{key}={value}" for key, value in changes.items())])
+        pruners[name] = _from_file(config, "candidates", file, shared | changes)
+    if not isinstance(share, int | float) or isinstance(share, bool):
+        raise DassError(f"share={share} must be a number.", field="method.share")
+    return AdaptivePruner(pruners, share)
+
+
+def _from_file(config: PruneConfig, where: str, name: str, changes: dict[str, Any]) -> BlockPruner:
+    """A method as its file in conf/method says, with some values changed."""
+    file = CONF / "method" / f"{name}.yaml"
+    words: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    pruner = _pruner(config, words | changes) if "criterion" in words else None
+    if pruner is None:
+        raise DassError(f"method.{where} names {name}, which is no method that prunes: see conf/method.")
+    return pruner
 
 
 def pattern_of(sparsity: SparsityConfig) -> Pattern:
@@ -75,6 +109,8 @@ def _pruner(config: PruneConfig, words: dict[str, Any]) -> BlockPruner | None:
             pattern_of(config.sparsity),
             method.update,
             {k: v for k, v in parameters.items() if not _idle(k, v, method)},
+            method.order,
+            method.order_seed,
         ),
         config.targets,  # type: ignore[arg-type]
         "|".join(f"(?:{expression})" for expression in (method.exclude, config.exclude) if expression) or None,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from dass.folders import is_saved, read_seal
 from dass.models import resolve_dtype
+from dass.pruning.adaptive import AdaptivePruner
 from dass.records import file_sha256
 from dass.saving import model_card, save_model, source_licence, write_card
 from dass.sparsity import MASKS_FILE, PackedMasks
@@ -60,7 +61,7 @@ def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[st
 
 def write_metrics(plan: Plan, source: str, record: dict[str, Any]) -> None:
     """Put what was measured since into the model card of the saved model."""
-    write_card(destination(str(plan.config.save_model), plan.run_id), card_of(plan, source, record))
+    write_card(destination(str(plan.config.save_model), plan.run_id), card_of(plan, source, record), plan.run_id)
 
 
 def card_of(plan: Plan, source: str, record: dict[str, Any]) -> str:
@@ -68,13 +69,16 @@ def card_of(plan: Plan, source: str, record: dict[str, Any]) -> str:
     config, sparsity = plan.config, record["sparsity"]
     facts = {"method": str(config.method["name"])}
     for pruner in plan.pruners.values():
-        method = pruner.method
-        roles = dict.fromkeys(one["role"] for one in sparsity["projections"].values())
-        facts["method"] += "".join(f", {name}={value}" for name, value in method.all_parameters().items())
-        facts["pattern"] = str(method.pattern)
-        facts["axis"] = ", ".join(f"{role}: {method.axis_for(role)}" for role in roles)
-        facts["order of the neurons"] = "released"
-        facts["update"] = method.update
+        axes: dict[str, dict[str, None]] = {}
+        for one in sparsity["projections"].values():
+            axes.setdefault(one["role"], {})[one["axis"]] = None
+        values = (f"{name}={value}" for name, value in pruner.method.all_parameters().items())
+        chosen = pruner.candidates if isinstance(pruner, AdaptivePruner) else None
+        facts["method"] += f", for each MLP one of {', '.join(chosen)}" if chosen else "".join(f", {v}" for v in values)
+        facts["pattern"] = str(pruner.method.pattern)
+        facts["axis"] = ", ".join(f"{role}: {' or '.join(found)}" for role, found in axes.items())
+        facts["order of the neurons"] = pruner.method.order
+        facts["update"] = pruner.method.update
     facts["zeros"] = ", ".join(f"{sparsity[name]:.4f} of {name}" for name in ("targeted", "mlp", "linear", "total"))
     facts["fingerprint"] = plan.run_id
     return model_card(

@@ -18,10 +18,10 @@ from dass.names import unknown
 from dass.planning.architecture import Architecture, config_from, read_architecture
 from dass.planning.costs import Workload, plan_evaluation, plan_load, plan_pruning, share_removed, targeted_weights
 from dass.planning.devices import DEVICES, Device, Stage
-from dass.pruning.method import BlockPruner
+from dass.pruning.pruner import BlockPruner
 from experiments.app import run_app
 from experiments.fingerprint import source_of
-from experiments.methods import pruners_of
+from experiments.methods import compared
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig, SparsityConfig
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "dass")
@@ -56,7 +56,7 @@ def main(config: DictConfig) -> None:
         raise unknown("The device", typed.device, DEVICES, "device")
     given = {name: getattr(typed, name) for name in ("efficiency", "launch_us", "disk_gb_s")}
     device = replace(DEVICES[typed.device], **{name: value for name, value in given.items() if value is not None})
-    pruners = pruners_of(PruneConfig(method={"methods": list(METHODS)}, sparsity=typed.sparsity, targets=typed.targets))
+    pruners = compared(PruneConfig(sparsity=typed.sparsity, targets=typed.targets), METHODS)
     calibration = typed.calibration
     if calibration.n_sequences is None or calibration.seq_len is None:
         raise DassError(

@@ -17,16 +17,19 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from dass.data.calibration import calibration_tokens
-from dass.data.tokens import require_in_vocabulary
+from dass.checkpoint import require_contents
+from dass.data.calibration import calibration_tokens, facts_of
+from dass.data.sources import SOURCES
+from dass.data.tokens import require_in_vocabulary, require_positions
 from dass.errors import DassError, told
 from dass.evaluation import door
+from dass.evaluation.zero_shot import hub_items
 from dass.folders import require_own_folder
-from dass.models import batch_size_for, load_model, load_tokenizer, resolve_dtype
+from dass.models import batch_size_for, load_model, load_tokenizer, model_folder, resolve_dtype
 from dass.progress import progress, say
 from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs, diagnostics
 from dass.pruning.layout import find_blocks
-from dass.pruning.method import Pruned
+from dass.pruning.pruner import Pruned
 from dass.pruning.walk import Step, walk
 from dass.records import (
     git_state,
@@ -38,11 +41,11 @@ from dass.records import (
     write_record,
 )
 from dass.saving import round_to
-from dass.sparsity import PackedMasks, sparsity_report
+from dass.sparsity import PackedMasks, require_own_masks, sparsity_report
 from dass.stages import Stages, release_freed_memory
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
-from experiments.fingerprint import source_of
+from experiments.fingerprint import hub_text, source_of
 from experiments.outputs import command_of, destination, is_written, save, write_metrics
 from experiments.resolve import Plan, check, loads
 from report.runs import runs_of
@@ -57,6 +60,7 @@ def main(config: DictConfig) -> str | None:
     if plan.config.dry_run:
         print(dry_run(plan))
         return None
+    plan = plan.pinned()
     results_dir = Path(plan.config.results_dir)
     for folder in (results_dir, plan.config.save_model, plan.config.masks):
         if folder is not None:
@@ -67,6 +71,8 @@ def main(config: DictConfig) -> str | None:
         return plan.run_id
     if plan.config.save_model is not None:
         require_own_folder(destination(plan.config.save_model, plan.run_id))
+    if plan.config.masks is not None:
+        require_own_masks(destination(plan.config.masks, plan.run_id))
     advice = "set a smaller `batch_size` or `calibration.n_sequences`, or use a larger GPU"
     with told("The GPU's memory does not suffice", advice, torch.OutOfMemoryError):
         run_and_record(plan, label)
@@ -87,8 +93,9 @@ def dry_run(plan: Plan) -> str:
 
 def label_of(plan: Plan) -> str:
     """A run in a few words: model, method, pattern."""
-    patterns = {str(pruner.method.pattern) for pruner in plan.pruners.values()}
-    return " ".join([plan.config.model.name, plan.config.method["name"], *patterns])
+    patterns = dict.fromkeys(str(pruner.method.pattern) for pruner in plan.pruners.values())
+    orders = {pruner.method.order for pruner in plan.pruners.values()} - {"released"}
+    return " ".join([plan.config.model.name, plan.config.method["name"], *patterns, *orders])
 
 
 def is_done(plan: Plan) -> bool:
@@ -134,6 +141,10 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
     config, stages = plan.config, Stages(plan.device)
     torch.manual_seed(config.seed)
     source, revision = source_of(config.model), config.model.revision
+    if fetches := downloads(plan):
+        with stages.measure("download"):
+            for fetch in fetches:
+                fetch()
     needs_text = config.evaluation.name != "none" or (plan.calibrates and config.calibration.name != "tokens_file")
     tokenizer = load_tokenizer(source, revision) if needs_text else None
     calibration = None
@@ -145,12 +156,14 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
     tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
         model = load_model(source, revision, plan.dtype, plan.device)
+        require_unchanged(plan)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", evaluation.windows)):
         if tokens is not None:
             require_in_vocabulary(tokens, vocabulary, what)
+            require_positions(model, tokens.shape[1], what)
 
-    walked = Walked()
+    walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
     if plan.pruners:
         with stages.measure("pruning"):
             walked = prune(plan, model, calibration, log)
@@ -158,6 +171,7 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
         release_freed_memory()
         # what is scored is what is saved, in the source's own dtype
         round_to(model, resolve_dtype(config.model.dtype, source, revision))
+    require_unchanged(plan)
     record: dict[str, Any] = {
         "id": plan.run_id,
         "identity": plan.fingerprint.as_dict(),
@@ -174,6 +188,8 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
         "files": {},
         "failed": {},
     }
+    if drawn_facts is not None:
+        record["calibration"] = drawn_facts
     if walked.rare:
         record["experts"] = walked.rare
     if plan.compares:
@@ -185,7 +201,27 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
         record["stages"] = stages.as_dict()
         if config.save_model is not None and not record["failed"]:
             problems += attempt(record, "save", partial(write_metrics, plan, source, record))
+    require_unchanged(plan)
     return record, problems
+
+
+def require_unchanged(plan: Plan) -> None:
+    """Raise DassError if a model folder was changed since the run's identity was told; on the CPU it is mapped."""
+    contents = (plan.fingerprint.parts["model"] or {}).get("contents")
+    if contents is not None:
+        require_contents(Path(source_of(plan.config.model)), contents)
+
+
+def downloads(plan: Plan) -> list[Callable[[], object]]:
+    """What fetches the files of the hub that a run reads, unless they are in the cache; the model's come first."""
+    config, found = plan.config, list[Callable[[], object]]()
+    if config.model.hub_id is not None:
+        found.append(partial(model_folder, config.model.hub_id, config.model.revision))
+    if plan.calibrates and hub_text(config.calibration):
+        found.append(partial(SOURCES[config.calibration.name].fetch, "calibration", config.calibration.revision))
+    if hub_text(config.evaluation):
+        found.append(partial(SOURCES[config.evaluation.name].fetch, "evaluation", config.evaluation.revision))
+    return found + [hub_items] * (config.evaluation.name == "zero_shot")
 
 
 def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list[Exception]:
@@ -222,15 +258,15 @@ def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, 
         pruner.check(blocks)
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
     walked = Walked(batch_size=size)
-    needs = partial(comparison_needs, plan.pruners) if plan.compares else pruners[0].needs
+    needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
     bar = progress(None, "pruning", "block", len(blocks))
     before = time.perf_counter()
     for step in walk(model, calibration, needs, size, config.calibration.min_expert_tokens, config.model.projections):
         pruned: list[Pruned] = []
         if plan.compares:
-            walked.measured.append(compare_block(plan.pruners, step.block, step.streams))
+            walked.measured.append(compare_block(plan.compared, step.block, step.streams))
         else:
-            pruned = pruners[0].prune(step.block, step.streams)
+            pruned = pruners[0].prune(step.block, step.streams, step.outputs)
         sparsity = note(walked, step, pruned, config.masks is not None)
         before, seconds = time.perf_counter(), time.perf_counter() - before
         log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
@@ -252,6 +288,8 @@ def note(walked: Walked, step: Step, pruned: list[Pruned], keep_masks: bool) -> 
     for one in pruned:
         mask, name = one.mask, one.projection.name
         walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
+        if one.chosen is not None:
+            walked.projections[name]["chosen"] = one.chosen
         if one.damping is not None:
             walked.projections[name] |= {"damping": one.damping, "damping_attempts": one.damping_attempts}
         if keep_masks:

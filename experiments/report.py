@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import OmegaConf
 
-from dass.errors import DassError
+from dass.errors import DassError, told
 from dass.manifests import FOLDER, Manifest, read_manifest, read_manifests
 from dass.names import unknown
 from dass.records import read_records, write_atomically
@@ -50,7 +50,8 @@ def settings_of(arguments: list[str]) -> ReportConfig:
         key, equals, _ = argument.partition("=")
         if not equals or key not in known:
             raise unknown("The setting", key, known)
-    return typed(ReportConfig, OmegaConf.from_cli(arguments))
+    with told("The settings cannot be read", "give each as key=value, quoted where it holds brackets", Exception):
+        return typed(ReportConfig, OmegaConf.from_cli(arguments))
 
 
 def report(config: ReportConfig) -> None:

@@ -1,6 +1,7 @@
 """From the composed config to a checked run: nothing heavy has been loaded yet."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from dass.errors import DassError
 from dass.models import resolve_device, resolve_dtype
 from dass.pruning.comparison import check_comparison
-from dass.pruning.method import BlockPruner
+from dass.pruning.pruner import BlockPruner
 from experiments.app import typed
-from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, source_of
-from experiments.methods import pruners_of
+from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, pinned, source_of
+from experiments.methods import Pruner, pruners_of
 from experiments.schema import PruneConfig
 
 MODEL_SOURCES = ("packaged", "trained", "hub_id", "path")
@@ -26,12 +27,17 @@ class Plan:
 
     config: PruneConfig
     composed: dict[str, Any]  # as plain values, for the record
-    pruners: dict[str, BlockPruner]  # by the method's name: none for the dense model, several where only compared
+    pruners: Mapping[str, Pruner]  # by the method's name: none for the dense model, several where only compared
 
     @property
     def compares(self) -> bool:
         """Whether methods are compared on every block, and the model stays dense."""
         return len(self.pruners) > 1
+
+    @property
+    def compared(self) -> dict[str, BlockPruner]:
+        """The methods that are compared."""
+        return {name: pruner for name, pruner in self.pruners.items() if isinstance(pruner, BlockPruner)}
 
     @property
     def calibrates(self) -> bool:
@@ -55,6 +61,13 @@ class Plan:
     def fingerprint(self) -> Fingerprint:
         """What determines the result; DassError where a file is not there."""
         return fingerprint_of(self.config, self.pruners, self.dtype)
+
+    def pinned(self) -> "Plan":
+        """The same at the commits that the hub's branches stand for now, so that all of a run reads what it is."""
+        config, composed = pinned(self.config, self.calibrates), dict(self.composed)
+        for part in ("calibration", "evaluation"):
+            composed[part] = composed[part] | {"bos": getattr(config, part).bos}
+        return replace(self, config=config, composed=composed)
 
     @property
     def run_id(self) -> str:
@@ -87,7 +100,7 @@ def check(config: DictConfig) -> Plan:
             raise DassError(sentence)
     _require_separate_folders(plain)
     if plan.compares:
-        check_comparison(plan.pruners)
+        check_comparison(plan.compared)
     return plan
 
 

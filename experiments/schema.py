@@ -19,7 +19,7 @@ class ModelConfig:
     revision: str | None = None
     path: str | None = None
     dtype: str = "auto"
-    bos: str = "tokenizer"
+    bos: str | None = None
     projections: Any = None  # {role: regular expression}; OmegaConf cannot fill an optional dictionary
     # entries of transformers' config that fix the shapes, for `experiments.plan` without the hub; no run reads it
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -43,9 +43,10 @@ class CalibrationConfig:
     path: str | None = None
     n_sequences: int | None = None
     seq_len: int | None = None
-    bos: str = "tokenizer"
+    bos: str | None = None
     join: bool = False
     revision: str | None = None
+    field: str = "text"
     min_expert_tokens: int | None = None
 
 
@@ -58,8 +59,9 @@ class EvaluationConfig:
     seq_len: int | None = None
     n_windows: int | None = None
     limit: int | None = None
-    bos: str = "tokenizer"
+    bos: str | None = None
     revision: str | None = None
+    field: str = "text"
 
 
 @dataclass
@@ -80,6 +82,8 @@ class MethodConfig:
     criterion: str | None = None
     axis: dict[str, str] = field(default_factory=dict)
     update: str = "none"
+    order: str = "released"
+    order_seed: int = 0
     exclude: str | None = None
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dass.pruning.blocks import MLP_ROLES, ROLES
-from report.figures import METHOD_STYLE
+from report.figures import METHOD_STYLE, literal
 from report.grid import Grid, number
 
 Measured = dict[str, dict[str, Any]]
@@ -97,8 +97,9 @@ def diagnostics_figure(measured: Measured) -> Figure:
             for i, (name, values) in enumerate(own[own.role == role].groupby("methods", sort=False)):
                 style = METHOD_STYLE.get(str(name))
                 color = style.color if style else f"C{i}"
-                panel.plot(values.block, values.value, color=color, linewidth=0.9, label=str(name).replace("|", ", "))
-            panel.set_title(f"{model}, {role}", fontsize=SMALL)
+                label = literal(str(name).replace("|", ", "))
+                panel.plot(values.block, values.value, color=color, linewidth=0.9, label=label)
+            panel.set_title(literal(f"{model}, {role}"), fontsize=SMALL)
         if kind == "errors" and own.value.max() > LOG_ABOVE * own.value.min() > 0:
             for panel in panels:
                 panel.set_yscale("log")
@@ -106,7 +107,9 @@ def diagnostics_figure(measured: Measured) -> Figure:
         panels[-1].legend(**BESIDE)
     for panel, (name, label) in zip(axes[-1], NORMS.items(), strict=True):
         for i, (model, values) in enumerate(frame[frame.measure == name].groupby("model", sort=False)):
-            panel.plot(values.block, values.value, DASHES[i % len(DASHES)], color="0.2", linewidth=1, label=model)
+            panel.plot(
+                values.block, values.value, DASHES[i % len(DASHES)], color="0.2", linewidth=1, label=literal(str(model))
+            )
         panel.set_title(label, fontsize=SMALL)
         panel.set_xlabel("block")
         panel.set_ylim(bottom=0)

@@ -142,6 +142,8 @@ def draw(points: pd.DataFrame, xlabel: str, note: str, joined: bool = True, expl
         explodes: perplexities, on a logarithmic axis where they span decades.
     """
     points = points[points.y.notna()]
+    if points.empty:
+        return Figure(figsize=(COLUMN_WIDTH, PANEL_HEIGHT))  # nothing can be compared yet
     styles = row_styles(points)
     levels = set(points.label) - set(points[points.x.notna()].label)
     longest = max(map(len, styles))
@@ -171,8 +173,8 @@ def draw(points: pd.DataFrame, xlabel: str, note: str, joined: bool = True, expl
                     linestyle=dashes if joined else "",
                     **POINT,
                 )
-        axes.set_title("\n".join(textwrap.wrap(str(title), 52)))
-        axes.set_ylabel(own.ylabel.iloc[0])
+        axes.set_title(literal("\n".join(textwrap.wrap(str(title), 52))))
+        axes.set_ylabel(literal(own.ylabel.iloc[0]))
     figure.axes[-1].set_xlabel(xlabel)
     handles = [
         Line2D([], [], color=color, linestyle="--")
@@ -180,8 +182,14 @@ def draw(points: pd.DataFrame, xlabel: str, note: str, joined: bool = True, expl
         else Line2D([], [], color=color, marker=marker, markersize=3.5, linestyle="-" if joined else "")
         for label, (color, marker) in styles.items()
     ]
-    figure.legend(handles, list(styles), loc="outside lower center", ncols=columns, frameon=False, title=note)
+    labels = list(map(literal, styles))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, title=literal(note))
     return figure
+
+
+def literal(text: str) -> str:
+    """A text that matplotlib shows as it is: a dollar opens no formula."""
+    return text.replace("$", r"\$")
 
 
 def row_styles(points: pd.DataFrame) -> dict[str, Style]:
@@ -224,7 +232,7 @@ def _places(axes: Axes, words: pd.Series) -> pd.Series:
     names = list(words.dropna().unique())
     among = words.groupby(words)
     steps = (0.8 / among.transform("size")).clip(upper=STEP)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), list(map(literal, names)))
     axes.set_xlim(-0.6, max(len(names), 1) - 0.4)
     beside = among.cumcount() - (among.transform("size") - 1) / 2
     return words.map(names.index, na_action="ignore").astype(float) + steps * beside

@@ -1,5 +1,6 @@
 """A table of text, how numbers are put into it, and how it is written as Markdown and LaTeX."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dass.errors import one_line
 from report.tables import Difference
 
 MISSING = "—"
+MARKDOWN = re.compile(r"[\\`*<|&$~#]|(?<=\])\(|(?<![^\W_])_|_(?![^\W_])")  # within a word _ is no mark
 LATEX = str.maketrans(
     {character: rf"\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MISSING: "---"}
-    | {"<": "$<$", ">": "$>$", "±": r"$\pm$", "×": r"$\times$", "≈": r"$\approx$", "Δ": r"$\Delta$", "−": "$-$"}
+    | {"<": "$<$", ">": "$>$", "|": "$|$", "−": "$-$"}
+    | {"±": r"$\pm$", "×": r"$\times$", "≈": r"$\approx$", "Δ": r"$\Delta$"}
 )
 
 
@@ -60,19 +64,30 @@ def grid_of(
     return Grid(title, frame, facts, legend, frozenset(best))
 
 
+def as_markdown(text: str) -> str:
+    """A text in which Markdown reads no mark, HTML included, on one line."""
+    return MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+def as_latex(text: str) -> str:
+    """A text in which LaTeX reads no command, on one line; behind the end of a row, [ and * would be arguments."""
+    escaped = one_line(text).translate(LATEX)
+    return f"{{{escaped[0]}}}{escaped[1:]}" if escaped[:1] in ("[", "*") else escaped
+
+
 def to_markdown(grids: list[Grid]) -> str:
     """All tables as Markdown; a legend that they share stands once, behind the last."""
     parts = []
     for index, grid in enumerate(grids):
-        frame = grid.frame.map(lambda text: text.replace("|", r"\|"))
+        frame = grid.frame.map(as_markdown).rename(columns=as_markdown)
         for i, j in grid.bold:
             frame.iat[i, j] = f"**{frame.iat[i, j]}**"
         align = ["left" if j < grid.words else "right" for j in range(frame.shape[1])]
         table = frame.to_markdown(index=False, disable_numparse=True, colalign=align if len(frame) else None)
-        facts = "".join(f"- {name}: {text}\n" for name, text in grid.facts.items())
+        facts = "".join(f"- {name}: {as_markdown(text)}\n" for name, text in grid.facts.items())
         shared = index + 1 < len(grids) and grids[index + 1].legend == grid.legend
         legend = f"\n{grid.legend}\n" if grid.legend and not shared else ""
-        parts.append(f"### {grid.title}\n\n{facts}{chr(10) if facts else ''}{table}\n{legend}")
+        parts.append(f"### {as_markdown(grid.title)}\n\n{facts}{chr(10) if facts else ''}{table}\n{legend}")
     return "\n".join(parts)
 
 
@@ -81,16 +96,15 @@ def to_latex(grids: list[Grid]) -> str:
     parts = []
     for grid in grids:
         facts = " ".join(f"{name.capitalize()}: {text}." for name, text in grid.facts.items())
-        escaped = grid.frame.map(lambda text: text.translate(LATEX))
+        escaped = grid.frame.map(as_latex).rename(columns=as_latex)
         for i, j in grid.bold:
             escaped.iat[i, j] = rf"\textbf{{{escaped.iat[i, j]}}}"
-        escaped.columns = escaped.columns.map(lambda text: text.translate(LATEX))
         starts = escaped.iloc[1:, 0].ne(escaped.iloc[:, 0].shift()[1:])  # of another pattern or model: a rule above
         escaped.iloc[1:, 0] = escaped.iloc[1:, 0].where(~starts, "\\midrule\n" + escaped.iloc[1:, 0])
         latex = escaped.style.hide(axis="index").to_latex(
             hrules=True,
             column_format="l" * grid.words + "r" * (grid.frame.shape[1] - grid.words),
-            caption=f"{grid.title}. {facts} {grid.legend}".strip().translate(LATEX),
+            caption=as_latex(f"{grid.title}. {facts} {grid.legend}".strip()),
             environment="table*",
             position_float="centering",
         )

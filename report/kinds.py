@@ -132,8 +132,8 @@ def pruning_time(material: Material) -> Report:
 @kind
 def diagnostics(material: Material) -> Report:
     """Errors, overlaps and norms, block by block."""
-    measured = {model_words(run): run.record["diagnostics"] for run in material.runs if run.record}
-    found = [run for run in material.runs if run.record]
+    found = [run for run in material.runs if run.record and "diagnostics" in run.record]
+    measured = {model_words(run): run.record["diagnostics"] for run in found if run.record}
     facts = {"calibration": calibration_words(found[0]), "pattern": str(found[0].pattern)} if found else {}
     grids = diagnostics_grids(measured, facts | facts_of(material.runs))
     return Report(grids, (lambda: diagnostics_figure(measured)) if measured else None, diagnostics_frame(measured))

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from dass.errors import DassError
+from dass.errors import DassError, told
 from dass.manifests import Manifest
 from report.diagnostics import diagnostics_frame
 from report.grid import marked, number
@@ -76,7 +76,8 @@ class Page:
 
     def block_mean(self, model: str, measure: str, methods: str = "", role: str = "", reduce: str = "mean") -> float:
         """A number of the diagnostics, over the blocks."""
-        measured = {run.model: run.record["diagnostics"] for run in self._of("diagnostics") if run.record}
+        found = [run for run in self._of("diagnostics") if run.record and "diagnostics" in run.record]
+        measured = {run.model: run.record["diagnostics"] for run in found if run.record}
         blocks = diagnostics_frame(measured).groupby(["model", "measure", "methods", "role"]).value
         return float(blocks.agg(reduce)[model, measure, methods, role])
 
@@ -125,18 +126,17 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     Raises:
         DassError: it asks for something that is not there, or says what the records do not support.
     """
-    if not template.name.endswith(SUFFIX) or not template.is_file():
-        raise DassError(f"page={template} is not a file NAME{SUFFIX}: check the path.")
+    with told(f"page={template} cannot be looked at", "check the path", OSError):
+        if not template.name.endswith(SUFFIX) or not template.is_file():
+            raise DassError(f"page={template} is not a file NAME{SUFFIX}: check the path.")
     small = [manifest for manifest in manifests if manifest.name == f"{manifest.experiment}-small"]
     page = Page({str(manifest.experiment): planned_runs(manifest, runs) for manifest in small})
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
     functions = (page.view, page.minutes, page.block_mean, verdict, require, bold_best)
-    try:
+    with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})
-    except (jinja2.TemplateError, KeyError) as error:
-        raise DassError(f"{template} is not a template that can be filled ({error}): correct it.") from error
     return NOTE.format(template.name) + text.strip("\n") + "\n"
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from dass.errors import DassError
+from dass.errors import DassError, told
+from dass.records import paths_in
 from report.grid import MISSING, Grid, grid_of, marked, number
 from report.runs import Run
 from report.tables import find, labels_of, paired_difference
@@ -15,10 +16,11 @@ from report.words import facts_of, machine_words, model_words
 
 BOLD_LEGEND = (
     "apart from it (paired difference of the loss within two standard errors, or within Student's quantile of them "
-    "where they come from few seeds); several in bold are a draw. "
+    "where they come from few draws); several in bold are equals. "
 )
 LEGEND = (
-    "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "
+    "± one standard error over windows; draws: of the calibration set, of the neurons' order, or of the model's "
+    "training; sd: over them. Bold: the lowest perplexity of a pattern and every other that cannot be told "
     f"{BOLD_LEGEND}≈: cannot be told apart from the reference by the same rule. Δ loss: nats per token; ratio: of the "
     "perplexities. Targeted, all linear: share of zeros in the targeted weights, in all linear ones. "
     f"{MISSING}: not run, or does not apply."
@@ -68,13 +70,13 @@ def perplexity_grid(table: pd.DataFrame, header: str = "", changed: Changed | No
         return same if other.Index == cell.Index else marked(paired_difference(cell.runs, other.runs), "+.4f")
 
     def row(cell: Any) -> dict[str, str]:
-        seeds = f" ({cell.n_seeds} seeds, sd {cell.spread:.2f})" if cell.n_seeds > 1 else ""
+        draws = f" ({cell.n_draws} draws, sd {cell.spread:.2f})" if cell.n_draws > 1 else ""
         ratio = math.exp(cell.delta.mean) if cell.delta else math.nan
         return {
-            "Perplexity": number(cell.perplexity, ".2f", cell.stderr) + seeds,
+            "Perplexity": number(cell.perplexity, ".2f", cell.stderr) + draws,
             "Δ loss to Wanda": to_reference(cell, "+.4f"),
             **({header: counterpart(cell)} if changed else {}),
-            "Ratio": "1" if cell.is_reference and cell.n_seeds else number(ratio, ".3f"),
+            "Ratio": "1" if cell.is_reference and cell.n_draws else number(ratio, ".3f"),
             "Targeted": number(cell.sparsity_targeted, ".1%"),
             "All linear": number(cell.sparsity_linear, ".1%"),
         }
@@ -108,7 +110,7 @@ def calibration_grid(cells: pd.DataFrame) -> Grid:
             "Calibration text": cell.source,
             "Method": cell.label,
             "Sequences": str(cell.sequences),
-            "Seeds": str(cell.n_seeds),
+            "Seeds": str(cell.n_draws),
             "Perplexity": number(cell.perplexity, ".2f", cell.stderr),
             "sd over seeds": number(cell.spread, ".2f"),
             "Δ loss to Wanda": to_reference(cell, "+.4f"),
@@ -132,9 +134,10 @@ def time_grid(table: pd.DataFrame) -> Grid:
         stages = [run.record["stages"] for run in cell.runs if run.record]
         wanda: Any = references.get(cell.pattern)
         alike = wanda and cell.runs and machine_words(cell.runs[0]) == machine_words(wanda.runs[0])
+        measured = alike and wanda.pruning_seconds > 0  # of a tiny model they round to none
         return {
             **{f"{name} [s]": number(_mean(stages, name, "seconds"), ".1f") for name in STAGES},
-            "Ratio to Wanda": number(cell.pruning_seconds / wanda.pruning_seconds, ".2f") if alike else MISSING,
+            "Ratio to Wanda": number(cell.pruning_seconds / wanda.pruning_seconds, ".2f") if measured else MISSING,
             "Memory [GB]": number(_mean(stages, "pruning", "peak_memory_gb"), ".2f"),
             "GPU [GB]": number(_mean(stages, "pruning", "peak_gpu_memory_gb"), ".2f"),
         }
@@ -168,15 +171,19 @@ def read_published(folder: Path) -> pd.DataFrame:
         DassError: a file cannot be read, lacks a column, or holds a value that is no number; names it.
     """
     frames = [pd.DataFrame(columns=COLUMNS)]
-    for path in sorted(folder.glob("*.csv")):
-        try:
-            rows = pd.read_csv(path)
+    for path in paths_in(folder, ".csv"):
+        with told(f"{path} is not a table of published numbers", "correct it", Exception):  # whatever pandas raises
+            rows = pd.read_csv(path, dtype=str)
             if missing := [column for column in COLUMNS if column not in rows]:
                 raise DassError(f"{path} has no column {missing[0]}: the columns are {', '.join(COLUMNS)}.")
-            rows["value"], rows["seq_len"] = pd.to_numeric(rows["value"]), pd.to_numeric(rows["seq_len"])
-        except ValueError as error:  # pandas' own errors among them
-            raise DassError(f"{path} is not a table of published numbers ({error}): correct it.") from error
-        frames.append(rows[(rows["metric"] == "perplexity") & rows["value"].notna()][COLUMNS])
+            if not isinstance(rows.index, pd.RangeIndex):
+                raise ValueError("its rows have more cells than columns")
+            rows = rows[COLUMNS].assign(value=pd.to_numeric(rows["value"]), seq_len=pd.to_numeric(rows["seq_len"]))
+            rows = rows[(rows["metric"] == "perplexity") & rows["value"].notna()]
+            is_sound = rows["value"].between(1, 1e300) & rows["seq_len"].between(1, 1e9) & rows.notna().all(axis=1)
+            if not is_sound.all():
+                raise ValueError(f"row {rows.index[~is_sound][0] + 1} lacks a cell, or a number that is possible")
+        frames.append(rows.astype({"seq_len": int}))
     return pd.concat([frame for frame in frames if len(frame)] or frames, ignore_index=True)
 
 

@@ -5,14 +5,18 @@ What is grouped or compared is a field of its own type; words are made where som
 
 import math
 import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from dass.errors import DassError, one_line, told
 from dass.manifests import Manifest
+from dass.pruning.blocks import ROLES
 from dass.records import identity_of
+from dass.soundness import require_sound
 
 AS_PUBLISHED: dict[str, dict[str, Any]] = {  # the options that tell the published variant from those of an ablation
     "magnitude": {"axis.gate": "layer", "update": "none"},
@@ -20,6 +24,10 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {  # the options that tell the publish
     "sparsegpt": {"update": "obs"},
     "dass": {"alpha": 0.5, "axis.gate": "out", "update": "none"},
 }
+
+
+RELEASED, RANDOM = "released", "random"
+NO_OPTIONS = ("name", "axis", "update", "order", "order_seed")
 
 
 @dataclass(frozen=True, order=True)
@@ -75,6 +83,8 @@ class Run:
     update: str | None
     options: dict[str, Any]  # what the method's config says beyond its name, with dotted keys
     pattern: Pattern
+    order: str  # of the neurons; released and random are draws of one kind, the others are options of the method
+    order_seed: int | None  # of a random order
     seed: int
     training_seed: int | None  # of a model that this repository trained
     dataset: str
@@ -95,15 +105,22 @@ class Run:
         return AS_PUBLISHED.get(self.method, {}).items() <= self.options.items()
 
     @property
-    def replicate(self) -> tuple[int, int, str]:
-        """Which of several like runs it is: of training, of the calibration set, of the machine that trained."""
-        trained = self.training_seed is not None
-        return self.training_seed or 0, self.seed, (self.model_identity or "") if trained else ""
+    def replicate(self) -> tuple[int, int, int, str]:
+        """Which of several like runs: of training, of the calibration set, of neuron order, of machine that trained."""
+        order = 0 if self.order_seed is None else self.order_seed + 1
+        machine = self.model_identity if self.training_seed is not None else None
+        return self.training_seed or 0, self.seed, order, machine or ""
 
     @property
-    def depends_on_seeds(self) -> bool:
-        """Whether another draw of the calibration set, or another training, would give another result."""
-        return self.calibrates or self.training_seed is not None
+    def depends_on(self) -> tuple[bool, bool, bool, bool]:
+        """On which parts of `replicate` its result depends."""
+        trained = self.training_seed is not None
+        return trained, self.calibrates, self.depends_on_order, trained
+
+    @property
+    def depends_on_order(self) -> bool:
+        """Whether it has groups of N:M, which another order of the neurons would cut otherwise."""
+        return math.isfinite(self.pattern.smallness)
 
     @property
     def accuracies(self) -> dict[str, dict[str, Any]]:
@@ -125,15 +142,16 @@ class Run:
 
 
 def runs_of(records: list[dict[str, Any]]) -> list[Run]:
-    """One run per record, whatever it measured; a record with unusable contents is named on stderr and left out."""
+    """One run per record, whatever it measured; a record that is not sound is named on stderr and left out."""
     runs = []
     for record in records:
         try:
-            _require_contents(record)
-            runs.append(_run(record["id"], record["config"], "calibration" in record["stages"], record))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            print(f"left out: the record {record['id']} is malformed ({error!r}): run it again.", file=sys.stderr)
-    return runs
+            with told(f"{record['id']}.json is not a sound record", "run it again", Exception):
+                require_sound(record)
+                runs.append(_run(record["id"], record["config"], "calibration" in record["stages"], record))
+        except DassError as error:
+            print(f"left out: {one_line(error)}", file=sys.stderr)
+    return _alike(runs)
 
 
 def planned_runs(manifest: Manifest, runs: list[Run]) -> list[Run]:
@@ -183,8 +201,9 @@ def frame_of(runs: list[Run]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, dtype=object)
     for name, column in frame.items():
         kinds = set(map(type, column.dropna()))
-        number = "float64" if float in kinds else "boolean" if bool in kinds else "Int64"
-        frame[name] = column.astype(number if kinds and kinds <= {int, float, bool} else "string")
+        number = "boolean" if kinds == {bool} else "float64" if float in kinds else "Int64"
+        are_numbers = bool(kinds) and (kinds == {bool} or kinds <= {int, float})
+        frame[name] = column.astype(number if are_numbers else "string")
     return frame
 
 
@@ -192,8 +211,13 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
     """A run by its config and, if there is one, its record."""
     method, model, evaluation, sparsity = (config[key] for key in ("method", "model", "evaluation", "sparsity"))
     trained, dense = model.get("trained"), method["name"] == "dense"
-    options = {key: value for key, value in method.items() if key not in ("name", "axis", "update")}
-    options |= {f"axis.{role}": axis for role, axis in (method.get("axis") or {}).items()}
+    options = {key: value for key, value in method.items() if key not in NO_OPTIONS}
+    order = method.get("order", RELEASED)
+    if order not in (RELEASED, RANDOM):
+        options["order"] = order
+    axis = method.get("axis") or {}
+    by_role = axis if isinstance(axis, dict) else dict.fromkeys(ROLES, axis)  # one for all
+    options |= {f"axis.{role}": one for role, one in by_role.items() if role != "qkv"}
     setting = Setting(
         model=identity_of(_recipe(model)),
         dtype=None,
@@ -233,6 +257,8 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
         update=method.get("update"),
         options=options | {"update": method.get("update")},
         pattern=DENSE if dense else Pattern.of(**{key: sparsity[key] for key in ("ratio", "n", "m")}),
+        order=order,
+        order_seed=method["order_seed"] if order == RANDOM else None,
         seed=config["seed"],
         training_seed=trained["seed"] if trained else None,
         record=record,
@@ -241,22 +267,23 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
     )
 
 
-def _require_contents(record: dict[str, Any]) -> None:
-    """What the reports of single stages, of accuracies and of comparisons read; KeyError or ValueError without it."""
-    for stage in record["stages"].values():
-        if not math.isfinite(stage["seconds"] + stage["peak_memory_gb"]):
-            raise ValueError("a stage took no time that can be told")
-    for metric in record["metrics"]:
-        if metric["metric"] == "perplexity":
-            losses = record["windows"]
-            if not math.isclose(math.exp(math.fsum(losses) / len(losses)), metric["value"], rel_tol=1e-4):
-                raise ValueError("its windows contradict its perplexity")
-        if metric["metric"] == "acc" and metric["dataset"] != "mean":
-            agrees = math.isclose(math.fsum(metric["items"]) / metric["n"], metric["value"], rel_tol=1e-6)
-            if len(metric["items"]) != metric["n"] or not agrees:
-                raise ValueError(f"its items contradict its accuracy on {metric['dataset']}")
-    if "methods" in record["config"]["method"] and not {"errors", "jaccard", "norms"} <= set(record["diagnostics"]):
-        raise ValueError("its diagnostics are not whole")
+def _alike(runs: list[Run]) -> list[Run]:
+    """Without the runs that have other numbers of windows or items than most of the same evaluation."""
+    sizes: dict[str, Counter[tuple[tuple[str, int], ...]]] = defaultdict(Counter)
+    for run in runs:
+        sizes[run.setting.evaluation][_sizes(run)] += bool(run.samples)
+    usual = {evaluation: counts.most_common(1)[0][0] for evaluation, counts in sizes.items()}
+    strange = [run for run in runs if run.samples and _sizes(run) != usual[run.setting.evaluation]]
+    for run in strange:
+        why = "windows or items than other runs of its evaluation"
+        print(f"left out: {one_line(run.id)}.json has more or fewer {why}: run it again.", file=sys.stderr)
+    return [run for run in runs if run not in strange]
+
+
+def _sizes(run: Run) -> tuple[tuple[str, int], ...]:
+    """What its samples are of, and how many there are, in their order."""
+    tasks = [task for task in run.accuracies if task != "mean"] or ["windows"]
+    return tuple(zip(tasks, map(len, run.samples), strict=False))
 
 
 def place_of(model: dict[str, Any]) -> dict[str, str]:

@@ -56,7 +56,7 @@ def cells_of(runs: list[Run]) -> pd.DataFrame:
     Returns:
         The columns `TABLE` (facts: what holds for all its cells, in words; title: what tells it from the others; source
         and sequences: of its calibration, 0 where all of a file are used), `CELL` (runs: those with a result first),
-        the means of `MEASURES` over the seeds, n_seeds, spread (standard deviation of the perplexity), score (less is
+        the means of `MEASURES` over the seeds, n_draws, spread (standard deviation of the perplexity), score (less is
         better), is_reference, delta (a `Difference` to the reference, or None) and is_best. A missing number is NaN.
     """
     labels = labels_of(runs)  # of all tables together, so that a row has the same name in each
@@ -64,7 +64,8 @@ def cells_of(runs: list[Run]) -> pd.DataFrame:
     whole = [one for one in settings if not any(one != other and one.agrees(other) for other in settings)]
     members = [[run for run in runs if run.setting.agrees(one)] for one in whole]
     named = ("model", "evaluation", "calibration", "pruned")
-    facts = [facts_of(own, "model", "evaluation", "pruned", "calibration", "seeds", "machine") for own in members]
+    told = ("model", "evaluation", "pruned", "calibration", "seeds", "orders", "machine")
+    facts = [facts_of(own, *told) for own in members]
     words = [[one[name] for name in named] for one in facts]
     for setting, one, said in zip(whole, facts, words, strict=True):
         twins = [other for other, theirs in zip(whole, words, strict=True) if theirs == said]
@@ -131,8 +132,9 @@ def paired_difference(ours: list[Run], theirs: list[Run]) -> Difference | None:
     """Mean loss of one cell's runs minus that of another's; None for a single window, which has no error.
 
     Only runs of the same model contents are paired. The variance is that of the windows' differences and, where a
-    method ran with several seeds, that between seeds: of the differences where both ran with the same ones, else of
-    each method. None, too, where one of them still lacks the other's seeds, which would pass for one without noise.
+    method ran with several draws (of seeds or of neuron orders), that between them: of the differences where both ran
+    with the same ones, else of each method. None, too, where one of them still lacks the other's draws, which would
+    pass for one without noise.
     """
     both = [[run for run in runs if run.samples] for runs in (ours, theirs)]
     shared = set.intersection(*({run.model_identity for run in runs} for runs in both))
@@ -141,19 +143,26 @@ def paired_difference(ours: list[Run], theirs: list[Run]) -> Difference | None:
         return None
     fewer = len(shared) == 1 and max(map(len, both)) > max(map(len, pair))
     samples = [[np.array(part) for part in zip(*(run.samples for run in runs), strict=True)] for runs in pair]
-    a, b = samples  # of the text, or of each task: (n_seeds, n_windows or n_items)
-    of_seeds = [np.mean([part.mean(axis=1) for part in parts], axis=0) for parts in samples]  # (n_seeds,)
+    a, b = samples  # of the text, or of each task: (n_draws, n_windows or n_items)
+    of_draws = [np.mean([part.mean(axis=1) for part in parts], axis=0) for parts in samples]  # (n_draws,)
     replicates = [[run.replicate for run in runs] for runs in pair]
+    drawn = [len(set(part)) > 1 for part in zip(*(run.replicate for runs in both for run in runs), strict=True)]
     if replicates[0] == replicates[1] and not fewer:
-        of_seeds = [of_seeds[0] - of_seeds[1]]
-    elif any(len(runs) == 1 and runs[0].depends_on_seeds for runs in pair):
+        of_draws = [of_draws[0] - of_draws[1]]
+    elif any(len(runs) == 1 and any(itertools.compress(drawn, runs[0].depends_on)) for runs in pair):
         return None
+    trainings = [[(training, machine) for training, *_, machine in own] for own in replicates]
+    if len(set(trainings[0])) > 1:  # draws of one trained model are no independent ones
+        of_draws = [
+            pd.Series(values).groupby(pd.MultiIndex.from_tuples(own)).mean().to_numpy()
+            for values, own in zip(of_draws, trainings, strict=False)
+        ]
     of_windows = [x.mean(axis=0) - y.mean(axis=0) for x, y in zip(a, b, strict=True)]
     mean = float(np.mean([d.mean() for d in of_windows]))
     variance = sum(d.var(ddof=1) / len(d) for d in of_windows) / len(of_windows) ** 2
-    seeds = [(values.var(ddof=1) / len(values), len(values) - 1) for values in of_seeds if len(values) > 1]
-    variance += sum(v for v, _ in seeds)
-    uncertain = sum(v**2 / freedom for v, freedom in seeds)
+    draws = [(values.var(ddof=1) / len(values), len(values) - 1) for values in of_draws if len(values) > 1]
+    variance += sum(v for v, _ in draws)
+    uncertain = sum(v**2 / freedom for v, freedom in draws)
     return Difference(mean, math.sqrt(variance), float(variance**2 / uncertain) if uncertain else math.inf)
 
 
@@ -177,7 +186,7 @@ def _measured(cells: pd.DataFrame) -> pd.DataFrame:
     measured = {name: [getattr(run, name, None) for run in runs] for name in MEASURES}
     by_cell = pd.DataFrame(measured, index=runs.index, dtype=float).groupby(level=0)
     cells = cells.join(by_cell.mean())
-    cells["spread"], cells["n_seeds"] = by_cell.perplexity.std(), by_cell.perplexity.count()
+    cells["spread"], cells["n_draws"] = by_cell.perplexity.std(), by_cell.perplexity.count()
     cells["score"] = cells.perplexity.fillna(-cells.accuracy)
     cells["is_reference"], cells["delta"], cells["is_best"] = False, None, False
     for _, table in cells.groupby("table"):

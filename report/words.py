@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from report.runs import Run, place_of
+from report.runs import RANDOM, Run, place_of
 
 
 def model_words(run: Run) -> str:
@@ -22,8 +22,8 @@ def evaluation_words(run: Run) -> str:
     if run.losses:
         return _text(evaluation, f"{len(run.losses)} windows", run.seq_len) + f", {run.tokens} tokens counted"
     if evaluation["seq_len"] is None:  # zero-shot tasks
-        items = f"{evaluation['limit']} items" if evaluation["limit"] else "all items"
-        return f"{evaluation['name']}, {items} of each task (bos: {evaluation['bos']})"
+        items = f"{evaluation['limit']} items" if evaluation.get("limit") else "all items"
+        return f"{evaluation['name']}, {items} of each task (bos: {evaluation.get('bos')})"
     return _text(evaluation, f"{evaluation['n_windows'] or 'all'} windows", evaluation["seq_len"])
 
 
@@ -50,6 +50,7 @@ def facts_of(runs: list[Run], *names: str) -> dict[str, str]:
         "pruned": (run.setting.pruned or "none" for run in runs),
         "calibration": map(calibration_words, known),
         "seeds": [_seeds(runs)],
+        "orders": [_orders(runs)],
         "machine": ["; ".join(sorted({machine_words(run) for run in runs} - {""})) or "none"],
     }
     facts = {name: next((text for text in words[name] if text != "none"), "none") for name in names}
@@ -74,6 +75,14 @@ def _seeds(runs: list[Run]) -> str:
     seeds = ", ".join(map(str, sorted({run.seed for run in runs if run.calibrates}))) or "none"
     trained = ", ".join(map(str, sorted({run.training_seed for run in runs if run.training_seed is not None})))
     return f"{seeds} (of the models' training: {trained})" if trained else seeds
+
+
+def _orders(runs: list[Run]) -> str:
+    """Over which orders of the neurons N:M results are a mean; none where nothing is in groups."""
+    found = {(run.order, run.order_seed) for run in runs if run.depends_on_order}
+    drawn = sorted(seed for order, seed in found if seed is not None)
+    words = sorted({order for order, _ in found if order != RANDOM}) + [f"random {seed}" for seed in drawn]
+    return ", ".join(words) or "none"
 
 
 def _text(text: dict[str, Any], count: str, seq_len: int | None) -> str:

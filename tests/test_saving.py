@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dass import saving
+from dass import hub
 from dass.errors import DassError
 from dass.folders import is_saved
 from dass.models import DTYPES
@@ -99,7 +99,8 @@ def test_a_weight_beyond_the_dtype_is_an_error_that_names_it(tmp_path):
     model.model.layers[1].input_layernorm.weight.data[3] = 7e4
     for act in (lambda: round_to(model, "float16"), lambda: save(model, tmp_path / "saved", "float16")):
         with pytest.raises(
-            DassError, match=r"model\.layers\.1\.input_layernorm\.weight, rounded to float16, hold NaN or"
+            DassError,
+            match=r"model\.layers\.1\.input_layernorm\.weight, rounded to float16, .* set model\.dtype=bfloat16",
         ):
             act()
     assert os.listdir(tmp_path) == []
@@ -180,22 +181,21 @@ def test_all_but_weights_and_code_is_copied(source, tmp_path):
 def test_a_hub_models_files_come_from_its_snapshot(source, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(name, revision, allow_patterns):
-        asked.append((name, revision))
-        assert not any(pattern.endswith(("safetensors", "bin", "py", "gguf")) for pattern in allow_patterns)
-        return str(source)
+    def model_files(name, revision, weights):
+        asked.append((name, revision, weights))
+        return source
 
-    monkeypatch.setattr(saving, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "model_files", model_files)
     save(tiny_model(), tmp_path / "saved", source="someone/tiny", revision="abc")
     check_beside(source, tmp_path / "saved")
-    assert source_licence("someone/tiny", "abc") == "mit" and asked == [("someone/tiny", "abc")] * 2
+    assert source_licence("someone/tiny", "abc") == "mit" and asked == [("someone/tiny", "abc", False)] * 2
 
 
 def test_a_hub_out_of_reach_does_not_lose_the_weights(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr(saving, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "model_files", refuse)
     save(tiny_model(), tmp_path / "saved", source="someone/tiny", tokenizer=tiny_tokenizer())
     assert "note: the files beside the weights of someone/tiny are out of reach" in capsys.readouterr().err
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("w9").input_ids == [9]
@@ -254,10 +254,12 @@ def test_the_card_tells_the_hub_and_people():
 
 def test_a_card_with_metrics_comes_after_the_evaluation(tmp_path):
     save(pruned(), tmp_path / "saved")
-    write_card(tmp_path / "saved", model_card(**CARD))
+    with pytest.raises(DassError, match="the model of another run by now"):
+        write_card(tmp_path / "saved", "# another", "def456")
+    write_card(tmp_path / "saved", model_card(**CARD), "abc123")
     assert "7.2500" in (tmp_path / "saved" / "README.md").read_text() and is_saved(tmp_path / "saved", "abc123")
     (tmp_path / "saved" / "README.md").write_text("mine")
     for folder in (tmp_path / "saved", tmp_path):
         with pytest.raises(DassError, match="holds no saved model, or its card was changed"):
-            write_card(folder, "# another")
+            write_card(folder, "# another", "abc123")
     assert (tmp_path / "saved" / "README.md").read_text() == "mine"

@@ -1,11 +1,14 @@
 """Calibration sets: a source by its name -> input_ids `(n_sequences, seq_len)` int64."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dass.data.sources import find_source
+from dass.data.texts import FIELD
 from dass.data.tokens import Bos, Tokenizer, draw_documents, draw_joined
 from dass.errors import DassError
 from dass.stages import release_freed_memory
@@ -21,6 +24,7 @@ def calibration_tokens(
     bos: Bos,
     join: bool,
     revision: str | None = None,
+    field: str = FIELD,
 ) -> Tensor:
     """The calibration set of one of the names in `conf/calibration`, `(n_sequences, seq_len)` int64.
 
@@ -33,6 +37,7 @@ def calibration_tokens(
         bos: see `Bos`.
         join: whether the documents of packaged and local texts are joined; else each window lies in one document.
         revision: commit of a data set on the hub; None: its newest.
+        field: what a text is called in the objects of a JSON file.
 
     Raises:
         DassError: unknown name, missing file, too little text.
@@ -45,7 +50,16 @@ def calibration_tokens(
     if join and found.draw is not None:
         raise DassError(f"join does not apply to {name}, which has its own draw: leave it false.", "calibration.join")
     draw: Callable[..., Tensor] = found.draw or (draw_joined if join else draw_documents)
-    documents = found.documents("calibration", path, revision)
-    input_ids = draw(documents, tokenizer, n_sequences, seq_len, seed, bos)
+    # no name for the documents, so that they are freed when they are drawn from
+    input_ids = draw(found.documents("calibration", path, revision, field), tokenizer, n_sequences, seq_len, seed, bos)
     release_freed_memory()
     return input_ids
+
+
+def facts_of(input_ids: Tensor) -> dict[str, int]:
+    """For the record: how many sequences, how long, and how many of them are an earlier one again, as a note says."""
+    n_sequences, seq_len = input_ids.shape
+    repeated = n_sequences - len(torch.unique(input_ids, dim=0))
+    if repeated:
+        print(f"note: {repeated} of the {n_sequences} calibration sequences were drawn before", file=sys.stderr)
+    return {"n_sequences": n_sequences, "seq_len": seq_len, "repeated": repeated}

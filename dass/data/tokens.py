@@ -1,11 +1,12 @@
 """Text -> token ids: windows, BOS, and why calibration sets are drawn as they are."""
 
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dass.errors import DassError
 from dass.progress import progress
@@ -15,12 +16,36 @@ Bos = Literal["tokenizer", "per_sequence", "none"]
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase
 
 
+def default_bos(config: Any, tokenizer: Callable[[], Tokenizer]) -> Bos:
+    """Where sequences begin with a BOS token if nobody says it: in each for the Gemma families, where there is one.
+
+    They have never seen a text without it, and their perplexity is nonsense there. Others begin as their tokenizer
+    does.
+
+    Args:
+        config: the model's, of transformers; nothing in it but the family tells them apart.
+        tokenizer: what loads it, called only where it matters.
+    """
+    gemma = "gemma" in config.get_text_config().model_type
+    return "per_sequence" if gemma and tokenizer().bos_token_id is not None else "tokenizer"
+
+
 def encode(tokenizer: Tokenizer, text: str, bos: Bos) -> Tensor:
-    """Token ids `(n_tokens,)` of a text; with a BOS in front only where `bos` is `tokenizer` and it adds one."""
+    """Token ids `(n_tokens,)` of a text; with a BOS in front only where `bos` is `tokenizer` and it adds one.
+
+    What a tokenizer adds behind a text, such as an end token, is left out: the text goes on in the next window, or in
+    the answer to a question.
+    """
     if not isinstance(text, str):
         raise DassError(f"A document is {text!r} instead of text: mend the file.")
-    encoded = tokenizer(text, add_special_tokens=bos == "tokenizer", verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    adds = bos == "tokenizer"
+    encoded = tokenizer(text, add_special_tokens=adds, return_special_tokens_mask=adds, verbose=False)
+    tokens = encoded["input_ids"]
+    if adds:
+        added = encoded["special_tokens_mask"]
+        while tokens and added[len(tokens) - 1]:
+            tokens.pop()
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def windows_of(tokens: Tensor, seq_len: int, bos: Bos, tokenizer: Tokenizer) -> Tensor:
@@ -54,7 +79,8 @@ def draw_documents(
 
     Wanda's `get_c4` (lib/data.py): a document longer than the window is drawn with `random.randint`, then the window's
     place in it. The draws are the same numbers in the same order. The documents, of which at least one must be longer
-    than a window, are indexed, so that they may be a column of a data set on disk.
+    than a window, are indexed, so that they may be a column of a data set on disk. None is read again that was found
+    too short, so that all have been read once at most when that is known of all.
     """
     length = _text_length(seq_len, bos)
     rng = random.Random(seed)
@@ -63,6 +89,8 @@ def draw_documents(
     bar = progress(None, "calibration", "sequence", n_sequences)
     while len(windows) < n_sequences:
         i = rng.randint(0, len(documents) - 1)
+        if i in lengths:
+            continue
         tokens = encode(tokenizer, documents[i], bos)
         if len(tokens) > length:
             windows.append(_draw_window(tokens, length, rng))
@@ -145,3 +173,21 @@ def require_in_vocabulary(input_ids: Tensor, vocabulary: int, what: str) -> None
             f"{what} hold token ids from {low} to {high}, but the model's vocabulary has {vocabulary}: "
             f"tokenise the text with this model's own tokenizer."
         )
+
+
+def require_positions(model: nn.Module, length: int, what: str, field: str | None = None) -> bool:
+    """Raise DassError where sequences of `length` tokens are longer than the model's table of positions.
+
+    Without a table (rotary or relative positions) a longer one is possible, and a note on stderr tells that the model
+    was not made for it; whether it did is returned.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or length <= positions:
+        return False
+    embeddings = [part.weight for part in model.modules() if isinstance(part, nn.Embedding)]
+    others = [table for table in embeddings if table is not model.get_input_embeddings().weight]
+    # OPT has two rows more; GPT-J keeps sines in a buffer
+    if any(table.ndim == 2 and 0 <= len(table) - positions <= 2 for table in [*others, *model.buffers()]):
+        raise DassError(f"{what} are {length} tokens long, and the model has {positions} positions: cut them.", field)
+    print(f"note: {what} are {length} tokens long; the model was made for {positions} positions", file=sys.stderr)
+    return True

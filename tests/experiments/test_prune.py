@@ -182,12 +182,35 @@ def test_what_was_written_and_changed_since_is_not_done(setting, tmp_path, capsy
     assert "already done" in capsys.readouterr().out
     path = next(folder.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
-    if what == "model":
-        with pytest.raises(DassError, match="was changed since"):  # it may be somebody's work
-            run(*setting, asked)
-    else:
+    changed = path.read_bytes()
+    with pytest.raises(DassError, match="was changed since"):  # it may be somebody's work
         run(*setting, asked)
-        assert "already done" not in capsys.readouterr().out and read_masks(folder)
+    assert "already done" not in capsys.readouterr().out and path.read_bytes() == changed
+
+
+@pytest.mark.parametrize("when", ["load", "walk", "evaluation"])
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_a_model_that_changes_during_a_run_bears_no_identity(setting, tmp_path, monkeypatch, when, how):
+    """It is hashed first, read later, and mapped into memory until the end."""
+    module, name = {"load": (app, "load_model"), "walk": (app, "prune"), "evaluation": (app, "score")}[when]
+    work, path = getattr(module, name), tmp_path / "model" / "model.safetensors"
+
+    def meanwhile(*arguments, **named):
+        stamp, content = path.stat(), bytearray(path.read_bytes())
+        content[-1] ^= 1
+        if how == "replaced":
+            path.unlink()
+        path.write_bytes(content)
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        return work(*arguments, **named)
+
+    monkeypatch.setattr(module, name, meanwhile)
+    with pytest.raises(DassError, match="was changed while it was in use"):
+        run(*setting)
+    assert records(tmp_path) == []
+    monkeypatch.undo()
+    run(*setting)  # with an identity of its own
+    assert len(records(tmp_path)) == 1
 
 
 def test_a_failing_save_still_leaves_the_record(setting, tmp_path, monkeypatch):

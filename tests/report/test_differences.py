@@ -69,7 +69,7 @@ def test_trainings_of_one_design_are_replicates_paired_within_the_same_model() -
         trained(f"d{s}{m}", "dass", shift - gain, s, m) for (s, m, shift), gain in zip(models, gains, strict=True)
     ]
     table = cells_of(runs_of(records))
-    assert list(table.n_seeds) == [4, 4]
+    assert list(table.n_draws) == [4, 4]
     difference = difference_of(records)
     assert difference and difference.mean == pytest.approx(-np.mean(gains))
     assert difference.stderr == pytest.approx(np.std(gains, ddof=1) / 2, rel=1e-6) and difference.freedom == 3

@@ -145,7 +145,7 @@ def test_seeds_are_averaged_and_their_spread_is_told() -> None:
     perplexities = np.exp([each.mean() for each in seeds])
     perplexity, delta, *_ = markdown_rows(to_markdown(table))["2:4", "dass"]
     assert f"{perplexities.mean():.2f} ±" in perplexity
-    assert f"(3 seeds, sd {perplexities.std(ddof=1):.2f})" in perplexity
+    assert f"(3 draws, sd {perplexities.std(ddof=1):.2f})" in perplexity
     difference = np.mean(seeds, axis=0) - wanda
     stderr = np.sqrt(difference.var(ddof=1) / 16 + 0.1**2 / 3)  # windows and seeds
     assert delta == f"≈ +{difference.mean():.4f} ± {stderr:.4f}"

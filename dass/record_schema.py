@@ -1,0 +1,277 @@
+"""What a record and the config of a run must hold; `dass/soundness.py` says which of their numbers must agree.
+
+The schema names what is read somewhere; whatever else a record holds is let through, as plain values where a table
+would show it.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CLOSE = 1e-6  # relative: beyond the rounding of sums, below what a table shows
+
+
+def _plain(value: Any) -> Any:
+    if value is not None and not isinstance(value, str) and not (isinstance(value, int | float) and abs(value) < 2**63):
+        raise ValueError("should be a word, a number, true, false or null")
+    return value
+
+
+def _option(value: Any) -> Any:
+    entries = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    for entry in entries:
+        _plain(entry)
+    return value
+
+
+Plain = Annotated[Any, AfterValidator(_plain)]
+Option = Annotated[Any, AfterValidator(_option)]
+Word = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(gt=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Energy = Annotated[float, Field(ge=-CLOSE)]  # a sum of products, which rounding may take below 0
+Measured = Annotated[float, Field(ge=0, lt=1e9)]  # seconds, GB
+
+
+class Part(BaseModel):
+    """A part of which only what is named here is read."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class OpenPart(Part):
+    """A part that tables show as a whole."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Plain] = Field(init=False)
+
+
+class Trained(OpenPart):
+    """The recipe of a model that was trained here."""
+
+    seed: Count
+
+
+class Model(Part):
+    """`config.model`."""
+
+    name: Word
+    dtype: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    trained: Trained | None = None
+
+
+class Method(Part):
+    """`config.method`: whatever else it holds is an option."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Option] = Field(init=False)
+    name: Word
+    axis: dict[str, str] | str | None = None
+    update: str | None = None
+    alpha: Annotated[float, Field(gt=-1e9, lt=1e9)] | None = None
+    methods: list[str] | None = None
+
+
+class Sparsity(OpenPart):
+    """`config.sparsity`: either a ratio, or n of m."""
+
+    ratio: Share | None
+    n: Size | None
+    m: Size | None
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        if (self.n is None) != (self.m is None) or (self.n or 0) > (self.m or 0) or (self.n and self.ratio is not None):
+            raise ValueError("either a ratio, or n of m are wanted")
+        return self
+
+    @property
+    def pruned(self) -> float:
+        """The share of weights that it removes."""
+        return 1 - self.n / self.m if self.n and self.m else self.ratio or 0.0
+
+    def __str__(self) -> str:
+        """The name in tables, such as '2:4' or '50%'."""
+        return f"{self.n}:{self.m}" if self.n else f"{100 * self.pruned:g}%"
+
+
+class Calibration(OpenPart):
+    """`config.calibration`."""
+
+    name: Word
+    n_sequences: Size | None
+    seq_len: Size | None
+
+
+class Evaluation(OpenPart):
+    """`config.evaluation`."""
+
+    name: Word
+    seq_len: Size | None
+    n_windows: Size | None
+    limit: Size | None = None
+
+
+class Resolved(Part):
+    """What the config left open."""
+
+    dtype: Word
+
+
+class Config(Part):
+    """The composed config of a run: what a report reads of it."""
+
+    model: Model
+    method: Method
+    sparsity: Sparsity
+    calibration: Calibration
+    evaluation: Evaluation
+    targets: Word
+    exclude: str | None
+    seed: Count
+    resolved: Resolved | None = None
+
+
+class Identity(Part):
+    """The hashes of the parts."""
+
+    numerics: int
+    model: Word
+    method: Word | None
+    calibration: Word | None
+    evaluation: Word | None
+
+
+class Machine(OpenPart):
+    """Where it ran."""
+
+    cpu: str
+    threads: Size
+    memory_gb: Measured
+    gpu: str | None
+
+
+class Stage(OpenPart):
+    """What a stage took."""
+
+    seconds: Measured
+    peak_memory_gb: Measured
+    peak_gpu_memory_gb: Measured | None = None
+
+
+class Projection(Part):
+    """The zeros of a projection."""
+
+    weights: Size
+    zeros: Count
+    sparsity: Share
+    pattern: str | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if not math.isclose(self.zeros / self.weights, self.sparsity, abs_tol=CLOSE):
+            raise ValueError("its zeros contradict its sparsity")
+        return self
+
+
+class Zeros(Part):
+    """The shares of zeros, and those of each projection."""
+
+    projections: dict[str, Projection]
+    targeted: Share
+    linear: Share
+    mlp: Share | None = None
+    total: Share | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        found = self.projections.values()
+        share = sum(one.zeros for one in found) / sum(one.weights for one in found) if found else self.targeted
+        if not math.isclose(share, self.targeted, abs_tol=CLOSE):
+            raise ValueError("the zeros of its projections contradict the sparsity of the targeted weights")
+        return self
+
+
+class Metric(Part):
+    """A number with its uncertainty."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Plain] = Field(init=False)
+    dataset: Word
+    metric: Word
+    value: float
+    stderr: NotNegative | None
+    n: Count
+    seq_len: Size | None = None
+    tokens: Size | None = None
+    items: list[Annotated[int, Field(ge=0, le=1)]] | None = None  # 1 = right
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        """The items of a task give its accuracy."""
+        if self.items is None:
+            return self
+        n, share = len(self.items), sum(self.items) / max(len(self.items), 1)
+        if n != self.n or n < 2 or not math.isclose(share, self.value, abs_tol=CLOSE):
+            raise ValueError(f"its items contradict its accuracy on {self.dataset}")
+        return self
+
+
+class Norms(Part):
+    """The spread of the intermediate norms, over the blocks."""
+
+    cv: list[NotNegative | None]
+    p90_p10: list[NotNegative | None]
+    reordered: list[Share | None]
+
+
+class Diagnostics(Part):
+    """What the comparison of methods left."""
+
+    errors: dict[str, dict[str, list[Energy | None]]]  # by method and role, over the blocks
+    jaccard: dict[str, dict[str, list[Share | None]]]  # by pair of methods and role
+    norms: Norms
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        by_role = [values for one in (*self.errors.values(), *self.jaccard.values()) for values in one.values()]
+        if len({len(values) for values in (*by_role, self.norms.cv, self.norms.p90_p10, self.norms.reordered)}) > 1:
+            raise ValueError("its numbers are of different numbers of blocks")
+        return self
+
+
+class Record(Part):
+    """A record: what a report reads of it."""
+
+    id: Word
+    identity: Identity
+    determinants: dict[str, dict[str, Any] | None]
+    config: Config
+    versions: dict[str, str]
+    machine: Machine
+    stages: dict[str, Stage]
+    sparsity: Zeros
+    metrics: list[Metric]
+    windows: list[NotNegative]
+    files: dict[str, str]
+    failed: dict[str, str]
+    diagnostics: Diagnostics | None = None
+
+
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """Tell the first thing that does not fit a schema: where it stands, and what is wrong."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")) from None
