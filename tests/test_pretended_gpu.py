@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dass.evaluation.perplexity import perplexity, window_losses
-from dass.pruning import method as pruning
+from dass.pruning import pruner as pruning
 from dass.pruning import statistics
 from dass.pruning.calls import Call
 from dass.pruning.comparison import compare_block, comparison_needs

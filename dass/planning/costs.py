@@ -188,7 +188,7 @@ def _choice(method: Method, work: Workload) -> tuple[float, float]:
     selection, launches = 16.0 * FP32, 25.0  # the selection's passes over the scores
     if isinstance(pattern, NM) and pattern.m <= LARGEST_RANKED_M:
         pairs = (pattern.m - 1) / 2  # per weight; of each: two scores, the answer, two ranks
-        selection, launches = 15 * pairs, 2 * pattern.m + 3 * pattern.m * pairs + 7
+        selection, launches = 15 * pairs, 5 * pattern.m + 3
     # without a sweep there is no block size, and nothing asks for the operations
     at_once = pattern.m if isinstance(pattern, NM) else float(method.all_parameters().get("block_size", 1))
     return scores + selection, launches / at_once

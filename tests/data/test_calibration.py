@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def test_c4_from_a_local_shard_is_drawn_as_the_reference_draws(tmp_path, adds_bo
     assert torch.equal(drawn, draws_of_the_reference(texts, tokenizer, 9, 20, seed))
 
 
-def test_wikitext2_training_windows(tmp_path):
+def test_wikitext2_training_windows(tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "wikitext2", replace(SOURCES["wikitext2"], known={}))  # any text, for the test
     path = tmp_path / "wiki.train.raw"
     path.write_text(" \n = w3 = \n \n w4 w5 w6 \n" + "".join(f" w{i} w{i} \n" for i in range(7, 30)))
     rows = wikitext2("calibration", path)

@@ -222,17 +222,17 @@ def test_folder_and_limit(tmp_path):
 def test_malformed_items_name_file_and_line(tmp_path, task, change, says):
     items = any_items()
     items[task][2] |= change
-    with pytest.raises(DassError, match=rf"Line 3 of .*{task}\.jsonl is not an item of {task} \(.*{says}.*\): mend it"):
+    with pytest.raises(DassError, match=rf"{task}\.jsonl, line 3 is not an item of {task} \(.*{says}.*\): mend it"):
         zero_shot_tasks("folder", write(tmp_path, items), None)
 
 
 @pytest.mark.parametrize(
-    ("line", "says"), [("{", "Expecting property name"), ("", "Expecting value"), ("[]", "indices")]
+    ("line", "says"), [("{", "Expecting property name"), ("3", "not a JSON object"), ("[]", "not a JSON object")]
 )
 def test_lines_that_are_no_items(tmp_path, line, says):
     file = write(tmp_path, any_items()) / "piqa.jsonl"
     file.write_text(f"{file.read_text()}{line}\n")
-    with pytest.raises(DassError, match=rf"Line 7 of .*piqa\.jsonl .*{says}"):
+    with pytest.raises(DassError, match=rf"piqa\.jsonl, line 7 .*{says}"):
         zero_shot_tasks("folder", tmp_path, None)
 
 
