@@ -19,9 +19,12 @@ from dass.folders import temporary_beside
 from dass.pruning.blocks import Block, Projection, mlp_matrices
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import AXES, NM, Mask, Unstructured, verify_mask
+from dass.pruning.order import move, reorder
 from dass.records import write_atomically
 
 MASKS_FILE = "masks.safetensors"
+ORDER = " order"
+"""Behind the name of a projection: the order of the neurons under which its mask holds."""
 
 
 def sparsity_report(model: nn.Module, blocks: list[Block], targeted: list[Projection]) -> dict[str, Any]:
@@ -79,6 +82,9 @@ class PackedMasks:
             "pattern": asdict(mask.pattern),
             "column_block": mask.column_block,
         }
+        if mask.order is not None:
+            self.bits[name + ORDER] = mask.order.cpu().int()
+            self.about[name]["ordered"] = True
 
     def write(self, folder: Path, provenance: dict[str, Any]) -> Path:
         """Write `folder/masks.safetensors`, whole or not at all; replaces one that we wrote and nobody changed.
@@ -132,7 +138,8 @@ def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
     with told(f"{path} is not a file of masks", "write one with `masks=DIR`", Exception), _opened(path) as file:
         metadata = file.metadata()
         provenance, about = json.loads(metadata["provenance"]), json.loads(metadata["masks"])
-        if not isinstance(provenance, dict) or set(about) != set(file.keys()):
+        orders = {name + ORDER for name, facts in about.items() if facts.get("ordered")}
+        if not isinstance(provenance, dict) or set(about) | orders != set(file.keys()):
             raise ValueError("its header does not describe what it holds")
         for name, facts in about.items():
             masks[name] = _unpacked(file, name, **facts)
@@ -141,7 +148,13 @@ def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
 
 
 def _unpacked(
-    file: Any, name: str, shape: list[int], axis: Any, pattern: dict[str, Any], column_block: int | None
+    file: Any,
+    name: str,
+    shape: list[int],
+    axis: Any,
+    pattern: dict[str, Any],
+    column_block: int | None,
+    ordered: bool = False,
 ) -> Mask:
     """One mask of a file; an error of any kind if it is none."""
     packed = file.get_slice(name)  # nothing is read yet
@@ -152,7 +165,12 @@ def _unpacked(
         raise ValueError(f"{one_line(name)} does not hold a bit for each of its {shape[0]} x {shape[1]} weights")
     bits = np.unpackbits(packed[:], count=shape[0] * shape[1]).reshape(shape)
     kind = Unstructured if "ratio" in pattern else NM
-    return Mask(torch.from_numpy(bits.astype(bool)), kind(**pattern), axis, column_block)
+    order = torch.from_numpy(file.get_tensor(name + ORDER)).long() if ordered is True else None
+    if order is not None and (
+        len(order) not in shape or not torch.equal(order.sort().values, torch.arange(len(order)))
+    ):
+        raise ValueError(f"the order of {one_line(name)} is no permutation of its neurons")
+    return Mask(torch.from_numpy(bits.astype(bool)), kind(**pattern), axis, column_block, order)
 
 
 def _opened(path: Path) -> Any:
@@ -171,7 +189,7 @@ def _checksum(bits: dict[str, Tensor], about: dict[str, str]) -> str:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: dict[str, Mask], projections: Mapping[str, str] | None = None) -> None:
-    """Set the weights that the masks prune to zero, in place.
+    """Set the weights that the masks prune to zero, in place, after putting the neurons in the masks' order.
 
     Args:
         projections: see `find_blocks`.
@@ -179,9 +197,19 @@ def apply_masks(model: nn.Module, masks: dict[str, Mask], projections: Mapping[s
     Raises:
         DassError: a mask has no projection of its name and shape in this model.
     """
-    found = {p.name: p.weight for block in find_blocks(model, projections) for p in block.projections}
+    blocks = find_blocks(model, projections)
+    found = {p.name: p.weight for block in blocks for p in block.projections}
     for name, mask in masks.items():
         if name not in found or found[name].shape != mask.keep.shape:
             raise DassError(f"The mask {name} {tuple(mask.keep.shape)} fits no projection of this model: load its own.")
+    orders = {name: mask.order for name, mask in masks.items() if mask.order is not None}
+    for block in blocks:
+        for unit in block.units:
+            own = [orders[p.name] for p in unit.projections.values() if p.name in orders]
+            if own:
+                reorder(block, unit, own[0])
+        for p in block.attention.values():
+            if p.name in orders:
+                move(p, orders[p.name])
     for name, mask in masks.items():
         found[name].masked_fill_(~mask.keep.to(found[name].device), 0)

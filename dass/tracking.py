@@ -1,6 +1,7 @@
 """The mirror of a run in wandb. The record is the truth; nothing is read back from here."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 import pandas as pd
 
 from dass.errors import DassError, first_line
+
+ROOM = 50_000_000
+"""Bytes that a run's files may take."""
 
 
 @contextmanager
@@ -33,6 +37,8 @@ def track(name: str, project: str, group: str, run_id: str, folder: str, config:
     try:
         if name == "wandb":
             os.makedirs(folder, exist_ok=True)
+            if shutil.disk_usage(folder).free < ROOM:  # its own process would fill the screen with tracebacks
+                raise OSError(f"no space left for its files in {folder}")
         settings = wandb.Settings(silent=True)
         run = wandb.init(project=project, group=group, name=run_id, config=config, settings=settings, **kept)
     except (wandb.errors.Error, OSError) as error:

@@ -2,24 +2,28 @@
 
 import functools
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dass.errors import DassError
+from dass.errors import DassError, one_line
+from dass.names import unknown
+from experiments.bounds import PATHS
 from experiments.signals import exit_on_signals
 
 CONF = Path(__file__).parent.parent / "conf"
+OPTIONAL = ("experiment", "scale")  # groups of which Hydra needs no option
 Settings = TypeVar("Settings")
 USER_ERRORS = (DassError, HydraException, OmegaConfBaseException)
 
@@ -29,13 +33,15 @@ def sentence(error: BaseException) -> str:
     while error.__cause__ is not None and not isinstance(error, DassError):
         error = error.__cause__
     if isinstance(error, DassError) and error.field is not None and error.field not in str(error):
-        return f"{error} (setting: {error.field})"
+        return one_line(f"{error} (setting: {error.field})")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines[: lines.index("Config search path:")] if "Config search path:" in lines else lines
     details = ("full_key:", "object_type=", "reference_type=", "To append to your config")
     kept = [line for line in lines if not line.startswith(details)]
     where = [line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")]
-    text = " ".join(kept) or type(error).__name__
+    text = one_line(" ".join(kept)) or type(error).__name__
+    if isinstance(error, OverrideParseException):
+        text += """: a value with commas, brackets or spaces is quoted twice, as in 'model.path="a, b"'"""
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         text += ": no such setting, see the files in conf/ for those that exist"
     return f"{where[0]}: {text}" if where and where[0] not in text else text
@@ -61,6 +67,13 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
     os.environ.setdefault("DASS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))  # inherited by the jobs of a sweep
 
+    try:
+        sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    except DassError as error:
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]  # may stand anywhere
+    sys.argv[1:] = flags[:1] + [argument for argument in sys.argv[1:] if argument not in flags]
     sweeping = {"-m", "--multirun", "--cfg", "-c", "--help", "--hydra-help", "--info"}
     if any(argument.startswith("experiment=") for argument in sys.argv) and not sweeping & set(sys.argv):
         sys.argv.append("--multirun")  # an experiment is a sweep
@@ -77,6 +90,8 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
             if debug:
                 raise
             why = sentence(error)
+        except BrokenPipeError:
+            raise
         except Exception as error:
             if debug or HydraConfig.get().mode == RunMode.RUN:
                 raise
@@ -92,12 +107,36 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except Reported:
         sys.exit(1)
+    except BrokenPipeError:
+        leave_broken_pipe()
     except Exception as error:
         # before the task starts only composing the config can fail, and Hydra meets some of it with a bare ValueError
         if debug or (started and not isinstance(error, USER_ERRORS)):
             raise
         print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def quoted(argument: str) -> str:
+    """An override whose path Hydra's grammar would take apart, in quotes; a list of several is left as it is.
+
+    Raises:
+        DassError: it names an experiment or a scale that is not there, which Hydra passes over.
+    """
+    key, _, value = argument.partition("=")
+    if key.lstrip("+") in OPTIONAL and not any(one.startswith("hydra.searchpath=") for one in sys.argv):
+        group = key.lstrip("+")
+        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        if value not in (*known, "null") and "," not in value:
+            raise unknown(f"The {group}", value, known, group)
+    odd = set(value) & set("~[]{}() :") and not set(value) & set("\"',$")
+    return f'{key}="{value}"' if key in PATHS and odd else argument
+
+
+def leave_broken_pipe() -> NoReturn:
+    """Exit as a program does whose output nobody reads any more, as in `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it closes it
+    sys.exit(128 + signal.SIGPIPE)
 
 
 class Reported(Exception):

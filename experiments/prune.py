@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
@@ -46,7 +47,9 @@ from dass.stages import Stages, release_freed_memory
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import hub_text, source_of
+from experiments.notes import note_idle
 from experiments.outputs import command_of, destination, is_written, save, write_metrics
+from experiments.public import public
 from experiments.resolve import Plan, check, loads
 from report.runs import runs_of
 
@@ -57,6 +60,8 @@ Log = Callable[[dict[str, float]], None]
 def main(config: DictConfig) -> str | None:
     """Run what the composed config says, unless its record exists; returns the run's identity."""
     plan = check(config)
+    if HydraConfig.initialized():
+        note_idle(plan, list(HydraConfig.get().overrides.task))
     if plan.config.dry_run:
         print(dry_run(plan))
         return None
@@ -176,8 +181,8 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
         "id": plan.run_id,
         "identity": plan.fingerprint.as_dict(),
         "determinants": plan.fingerprint.parts,
-        "command": command_of(),
-        "config": plan.composed | {"resolved": {"dtype": plan.dtype, "batch_size": walked.batch_size}},
+        "command": public(command_of()),
+        "config": public(plan.composed) | {"resolved": {"dtype": plan.dtype, "batch_size": walked.batch_size}},
         "git": git_state(),
         "versions": package_versions(),
         "machine": machine_description(plan.device),
@@ -229,7 +234,8 @@ def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list
     try:
         work()
     except Exception as error:
-        record["failed"][what] = sentence(error) if isinstance(error, DassError) else f"{type(error).__name__}: {error}"
+        why = sentence(error) if isinstance(error, DassError) else f"{type(error).__name__}: {error}"
+        record["failed"][what] = public(why)
         return [error]
     return []
 

@@ -19,12 +19,12 @@ from dass.manifests import FOLDER, Manifest, read_manifest, read_manifests
 from dass.names import unknown
 from dass.records import read_records, write_atomically
 from dass.tracking import log_report, track
-from experiments.app import sentence, typed
+from experiments.app import leave_broken_pipe, sentence, typed
 from report.figures import write_figure
 from report.grid import to_latex, to_markdown
 from report.kinds import Material, find_kind
 from report.page import page_path, render_page
-from report.rows import comparison, read_published
+from report.rows import beyond_noise, comparison, read_published
 from report.runs import Run, planned_runs, runs_of
 
 
@@ -82,6 +82,8 @@ def main(arguments: list[str]) -> None:
     except DassError as error:
         print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except BrokenPipeError:
+        leave_broken_pipe()
 
 
 def _manifests(config: ReportConfig, folder: Path) -> list[Manifest]:
@@ -143,9 +145,16 @@ def _write(config: ReportConfig, kind: str, runs: list[Run], name: str) -> tuple
     write_atomically(output / "tables" / f"{name}.csv", made.frame.to_csv(index=False, lineterminator="\n"))
     if config.experiment != "all":
         print(f"\n{markdown}")
+    figure = write_figure(made.draw, output / "figures", name) if made.draw is not None else []
     if config.reference is not None:
-        print(to_markdown([comparison(runs, runs_of(read_records(Path(config.reference))))]))
-    return made.frame, write_figure(made.draw, output / "figures", name) if made.draw is not None else []
+        committed = runs_of(read_records(Path(config.reference)))
+        print(to_markdown([comparison(runs, committed)]))
+        if others := beyond_noise(runs, committed):
+            raise DassError(
+                f"{', '.join(others)}: another perplexity than the committed one, by more than the noise above; look "
+                f"for what differs."
+            )
+    return made.frame, figure
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dass.models import resolve_device, resolve_dtype
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
 from experiments.app import typed
+from experiments.bounds import require_plain
 from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, pinned, source_of
 from experiments.methods import Pruner, pruners_of
 from experiments.schema import PruneConfig
@@ -78,6 +79,7 @@ class Plan:
 def check(config: DictConfig) -> Plan:
     """Check the composed config and turn it into library values; DassError where it means nothing."""
     composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
+    require_plain(composed)
     plain = typed(PruneConfig, composed)
     model, words = plain.model, plain.model.projections
     size, experts, scores = plain.batch_size, plain.calibration.min_expert_tokens, plain.evaluation.name != "none"

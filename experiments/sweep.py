@@ -12,6 +12,7 @@ from dass.errors import DassError
 from dass.manifests import Manifest, PlannedRun, write_manifest
 from dass.records import identity_of
 from experiments.app import sentence
+from experiments.public import public
 from experiments.resolve import check
 
 ROUTINE = {"experiment", "scale", "results_dir", "tracking", "device", "batch_size", "save_model", "masks", "rerun"}
@@ -36,7 +37,7 @@ def plan_sweep(config: DictConfig, jobs: list[list[str]], arguments: list[str]) 
     if changed or experiment is None:
         name += f"-{identity_of({'changed': sorted(changed)})[:8]}"
     runs = [_planned(compose("prune", job)) for job in jobs]
-    return Manifest(name, experiment, scale, str(config.get("report") or "perplexity"), arguments, runs)
+    return Manifest(name, experiment, scale, str(config.get("report") or "perplexity"), public(arguments), runs)
 
 
 def finish_sweep(folder: Path, manifest: Manifest, results: Sequence[JobReturn]) -> Path:
@@ -47,7 +48,7 @@ def finish_sweep(folder: Path, manifest: Manifest, results: Sequence[JobReturn])
         if result.status == JobStatus.COMPLETED:
             runs.append(replace(planned, fingerprint=told, why=None))
         else:
-            runs.append(replace(planned, why=str(told) or type(told).__name__))
+            runs.append(replace(planned, why=public(str(told)) or type(told).__name__))
     return write_sweep(folder, replace(manifest, runs=runs))
 
 
@@ -66,6 +67,6 @@ def _planned(config: DictConfig) -> PlannedRun:
         plan = check(config)
         kept, calibrates = {key: plan.composed[key] for key in KEPT}, plan.calibrates
         kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
-        return PlannedRun(plan.run_id, kept, calibrates, None)
+        return PlannedRun(plan.run_id, public(kept), calibrates, None)
     except DassError as error:
-        return PlannedRun(None, kept, calibrates, sentence(error))
+        return PlannedRun(None, public(kept), calibrates, public(sentence(error)))

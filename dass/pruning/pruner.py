@@ -76,6 +76,11 @@ class BlockPruner:
         Raises:
             DassError: M does not divide a width, or there is nothing to prune.
         """
+        names = [p.name for block in blocks for p in block.projections if p.role in self.roles]
+        if self.exclude and not any(re.search(self.exclude, name) for name in names):
+            raise DassError(
+                f"exclude={self.exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", "exclude"
+            )
         projections = [p for block in blocks for p in self.projections(block)]
         if not projections:
             raise DassError(f"exclude={self.exclude} leaves nothing to prune: narrow it.", field="exclude")

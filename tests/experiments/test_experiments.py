@@ -18,6 +18,7 @@ from dass.manifests import read_manifest
 from dass.records import read_record
 from experiments import prune
 from experiments.app import CONF
+from experiments.public import public
 from experiments.resolve import check
 from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
@@ -211,6 +212,6 @@ def test_the_composed_config_is_what_a_record_holds(setting, hydra, tmp_path):  
     prune.main(config)
     (record,) = records(tmp_path)
     resolved = record["config"].pop("resolved")
-    expected = OmegaConf.to_container(config, resolve=True)
+    expected = public(OmegaConf.to_container(config, resolve=True))
     expected["evaluation"]["bos"] = "tokenizer"  # nobody said it: what it was found to be
     assert record["config"] == expected and resolved["dtype"] == "float32"

@@ -73,7 +73,10 @@ def records(tmp_path):
 def test_every_method_and_pattern(setting, tmp_path, method, sparsity):
     run(*setting, f"method={method}", f"sparsity={sparsity}")
     (record,) = records(tmp_path)
-    assert tuple(key for key in record if key != "calibration") == RECORD_KEYS and record["failed"] == record["files"] == {}
+    assert (
+        tuple(key for key in record if key != "calibration") == RECORD_KEYS
+        and record["failed"] == record["files"] == {}
+    )
     assert record["sparsity"]["targeted"] == pytest.approx(0 if method == "dense" else 0.5)
     assert len(record["sparsity"]["projections"]) == {"dense": 0, "magnitude_released": 3}.get(method, 9)
     for facts in record["sparsity"]["projections"].values():
@@ -421,7 +424,7 @@ def test_every_shipped_config_composes(option, primary):
         (["evaluation.n_windows=11"], "200 tokens are 10 whole windows"),
         (["method=dense", "masks=m"], "masks"),
         (["batch_size=0"], "batch_size"),
-        (["method.alpha=inf"], "alpha=inf must be a finite number"),
+        (["method.alpha=inf"], "alpha=inf is not a finite number"),
         (["+method.beta=1"], "beta"),
         (["method.alpha=x"], "alpha=x must be a finite number"),
         (["method.update=obs", "method.damping=0"], "damping=0 must be above 0"),

@@ -15,6 +15,7 @@ from dass.pruning.method import Method
 from dass.pruning.order import ORDERS, Neurons, kept, matched, move, order, random, reorder, seeded, spread
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
+from dass.sparsity import PackedMasks, apply_masks, read_masks
 from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
 
 AXIS = {"gate": "out", "up": "out", "down": "in"}
@@ -67,6 +68,19 @@ def test_pruning_in_an_order_is_pruning_the_reordered_model(criterion, chosen):
         assert torch.equal(mask.keep, masks[name].keep), name
     for weight, wanted in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(weight, wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "phi3", "mixtral"])
+def test_masks_in_a_file_hold_their_order_and_fit_the_released_model(layout, tmp_path):
+    model, released, packed = tiny_model(layout), tiny_model(layout), PackedMasks()
+    masks = prune_model(model, BlockPruner(Method("dass", AXIS, NM(2, 4), order="matched")), random_tokens())
+    for name, mask in masks.items():
+        packed.add(name, mask)
+    packed.write(tmp_path, {})
+    packed.write(tmp_path, {})  # known as ours
+    apply_masks(released, read_masks(tmp_path)[0])
+    for weight, wanted in zip(released.parameters(), model.parameters(), strict=True):
+        assert torch.equal(weight, wanted)
 
 
 @torch.no_grad()

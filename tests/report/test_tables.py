@@ -12,7 +12,7 @@ import pytest
 
 from dass.records import read_records, write_record
 from report import grid
-from report.rows import comparison, perplexity_grid, side_by_side
+from report.rows import beyond_noise, comparison, perplexity_grid, side_by_side
 from report.runs import DENSE, Pattern, Run, frame_of, missing_run, runs_of
 from report.tables import cells_of
 from tests.report.records import identify, losses, make_record, write_example
@@ -271,8 +271,12 @@ def test_comparison_with_committed_records(tmp_path: Path) -> None:
         f"{np.exp(losses(0.1).mean()):.4f}",
         f"{np.exp(losses(0.1).mean() - 1e-5):.4f}",
         "+0.001 %",
+        "0.5%",
     ]
-    assert rows["b"][-2:] == ["—", "no committed record"]
+    assert rows["b"][-3:-1] == ["—", "no committed record"]
+    assert beyond_noise(runs_of(here), runs_of(committed)) == []
+    far = [make_record("a", "wanda", losses(0.1) - 0.006), make_record("b", "sparsegpt", losses(0.2), update="obs")]
+    assert beyond_noise(runs_of(here), runs_of(far)) == ["a"]
 
 
 @pytest.mark.parametrize("part", ["model", "evaluation"])
