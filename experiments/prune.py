@@ -26,7 +26,7 @@ from dass.errors import DassError, told
 from dass.evaluation import door
 from dass.evaluation.zero_shot import hub_items
 from dass.folders import require_own_folder
-from dass.models import batch_size_for, load_model, load_tokenizer, model_folder, resolve_dtype
+from dass.models import DTYPES, batch_size_for, load_model, load_tokenizer, model_folder, resolve_dtype
 from dass.progress import progress, say
 from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs, diagnostics
 from dass.pruning.layout import find_blocks
@@ -258,7 +258,9 @@ def counted(plan: Plan, model: PreTrainedModel, walked: Walked) -> dict[str, Any
 @torch.no_grad()
 def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, log: Log) -> Walked:
     """Prune the model in place, or compare methods on each of its blocks."""
-    config, pruners = plan.config, list(plan.pruners.values())
+    config, source = plan.config, source_of(plan.config.model)
+    stored = DTYPES[resolve_dtype(config.model.dtype, source, config.model.revision)]
+    pruners = [pruner.storing(stored) for pruner in plan.pruners.values()]
     blocks = find_blocks(model, config.model.projections)
     for pruner in pruners:
         pruner.check(blocks)

@@ -45,6 +45,10 @@ class AdaptivePruner:
         """The projections of a block that are pruned."""
         return self.first.projections(block)
 
+    def storing(self, dtype: torch.dtype) -> "AdaptivePruner":
+        """The same, whose weights will be rounded to `dtype`."""
+        return replace(self, candidates={name: pruner.storing(dtype) for name, pruner in self.candidates.items()})
+
     @property
     def method(self) -> Method:
         """The first candidate's method: all have its pattern, order and update."""

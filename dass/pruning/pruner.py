@@ -43,6 +43,8 @@ class BlockPruner:
     targets: Literal["mlp", "all"] = "mlp"
     exclude: str | None = None
     """A regular expression; projections whose full name it matches somewhere stay dense."""
+    stored: torch.dtype | None = None
+    """What the weights will be rounded to, where it is another dtype than the model's."""
 
     def __post_init__(self) -> None:
         """Refuse unknown targets and broken regular expressions."""
@@ -54,6 +56,10 @@ class BlockPruner:
             raise DassError(
                 f"exclude={self.exclude} is not a regular expression ({error}): correct it.", field="exclude"
             ) from error
+
+    def storing(self, dtype: torch.dtype) -> "BlockPruner":
+        """The same, whose weights will be rounded to `dtype`."""
+        return replace(self, stored=dtype)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -204,7 +210,7 @@ class BlockPruner:
         rows = []
         for p, mask in zip(group, masks, strict=True):
             choose = _choice(method, partial(self._importance, role=p.role), self._own(p, statistics), p.role)
-            weight, largest = _accumulable(p.weight), torch.finfo(p.weight.dtype).max
+            weight, largest = _accumulable(p.weight), torch.finfo(self.stored or p.weight.dtype).max
             rows.append(Rows(p.name, weight, largest, method.pattern, method.axis_for(p.role), mask, choose))
         needs = {name for p in group for name in update.needs_for(p.role)}
         result = update.function(rows, statistics.only(needs), **method.parameters_of(update))
@@ -214,8 +220,9 @@ class BlockPruner:
             if extent_of(weight) != extent_of(p.weight):  # else it was changed in place
                 p.weight.copy_(weight)
             require_finite(weight, f"The updated weights of {p.name}", answers)
-            if weight.dtype != p.weight.dtype:
-                answers.append((_too_large(p), finite(p.weight)))
+            if method.update != "none":
+                stored = self.stored or p.weight.dtype
+                answers.append((_too_large(p, stored), finite(weight.to(stored))))
         return [Pruned(p, mask, *damping) for p, (_, mask) in zip(group, result, strict=True)]
 
     def _statistics(self, block: Block, group: list[Projection], streams: Streams, answers: Answers) -> Statistics:
@@ -262,8 +269,8 @@ def _choice(method: Method, score: Callable[..., Tensor], statistics: Statistics
     return choose
 
 
-def _too_large(p: Projection) -> DassError:
-    largest, dtype = torch.finfo(p.weight.dtype).max, str(p.weight.dtype).removeprefix("torch.")
+def _too_large(p: Projection, stored: torch.dtype) -> DassError:
+    largest, dtype = torch.finfo(stored).max, str(stored).removeprefix("torch.")
     return DassError(
         f"The updated weights of {p.name} exceed {largest:g}, the largest that {dtype} holds: compute with "
         f"model.dtype=bfloat16, or let the update obs clip them with method.clip=true.",

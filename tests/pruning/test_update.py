@@ -71,14 +71,14 @@ def test_one_pruned_weight_is_exact_obs():
     torch.testing.assert_close(result[:, 1:], rest, rtol=1e-6, atol=1e-8)
 
 
-def sparsegpt_layer(pattern, axis, x, weights, dtype=torch.float64, **parameters):
+def sparsegpt_layer(pattern, axis, x, weights, dtype=torch.float64, stored=None, **parameters):
     """Prune gate and up of a real block through the method, with statistics of our choice."""
     model = tiny_model(dtype=dtype)
     block = find_blocks(model)[0]
     for role, weight in weights.items():
         block.units[0].projections[role].weight.copy_(weight)
     method = Method("obs", dict.fromkeys(ROLES, axis), pattern, "obs", {"block_size": 16, **parameters})
-    pruner = BlockPruner(method, exclude="down_proj")
+    pruner = BlockPruner(method, exclude="down_proj", stored=stored)
     streams = open_streams(block, pruner.needs(block))
     streams["mlp input"].add(x[None])
     with torch.no_grad():
@@ -149,6 +149,9 @@ def test_new_weights_that_fp16_cannot_hold():
         DassError, match=r"layers\.0\.mlp\.up_proj exceed 65504.*model\.dtype=bfloat16.*method\.clip=true"
     ):
         layer(torch.float16)
+    with pytest.raises(DassError, match=r"layers\.0\.mlp\.up_proj exceed 65504"):
+        layer(torch.float32, stored=torch.float16)  # as an fp16 model is computed on the CPU
+    assert layer(torch.float32, stored=torch.float16, clip=True)["up"].projection.weight.max() == 65504
     clipped, wide = layer(torch.float16, clip=True), layer(torch.bfloat16)
     assert clipped["up"].projection.weight.max() == 65504 and wide["up"].projection.weight.max() > 1e5
     for role in weights:
