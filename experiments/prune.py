@@ -60,8 +60,9 @@ Log = Callable[[dict[str, float]], None]
 def main(config: DictConfig) -> str | None:
     """Run what the composed config says, unless its record exists; returns the run's identity."""
     plan = check(config)
-    if HydraConfig.initialized():
-        note_idle(plan, list(HydraConfig.get().overrides.task))
+    if HydraConfig.initialized():  # of an experiment's own settings, each is there for some of its runs
+        given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+        note_idle(plan, [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] in given])
     if plan.config.dry_run:
         print(dry_run(plan))
         return None
