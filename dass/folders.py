@@ -113,7 +113,8 @@ def _unfinished(path: Path) -> Path:
 def _locked(folder: Path, wait: bool) -> Iterator[bool]:
     """A folder that is there while this process has it; False if another one does. A lock ends with its process."""
     while True:
-        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # even if the folder is gone again by now
+            os.mkdir(folder)
         try:
             file = open(folder / LOCK, "ab")  # noqa: SIM115  (it is closed below)
         except FileNotFoundError:  # another process was done with the folder, and has just removed it

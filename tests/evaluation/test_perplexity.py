@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dass.data.sources import wikitext2
+from dass.data.sources import SOURCES, wikitext2
 from dass.errors import DassError
 from dass.evaluation import perplexity as module
 from dass.evaluation.perplexity import evaluation_windows, perplexity, window_losses
@@ -90,7 +90,7 @@ def test_wikitext_rows_are_joined_as_the_papers_do(tmp_path):
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the official text does not come with the repository")
 def test_wikitext2_test_split_is_the_official_text():
-    text = "\n\n".join(wikitext2("evaluation", SHARED / "wiki.test.raw"))
+    text = "\n\n".join(SOURCES["wikitext2"].documents("evaluation", SHARED / "wiki.test.raw", None))
     assert len(text) == 1_294_336
     sha256 = re.search(r"has 1,294,336 characters.*?SHA-256 `(\w+)`", (SHARED.parent / "README.md").read_text(), re.S)
     assert hashlib.sha256(text.encode()).hexdigest() == sha256[1]

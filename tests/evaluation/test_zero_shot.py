@@ -1,5 +1,6 @@
 """Zero-shot scores against log-likelihoods computed here from prompts written out here, on items made here."""
 
+import gzip
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ import torch
 from dass.data import assets
 from dass.errors import DassError
 from dass.evaluation.zero_shot import TASKS, mean_accuracy, zero_shot, zero_shot_tasks
+from tests.data.test_tokens import tokenizer_with
 from tests.models import tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 
@@ -176,6 +178,38 @@ def test_local_items_need_no_network_and_leave_nothing_in_the_hubs_cache(tmp_pat
     tasks = zero_shot_tasks("folder", write(tmp_path, any_items()), None)
     assert len(zero_shot(tiny_model(), tiny_tokenizer(), tasks, 4, "none")) == 10
     assert attempts == [] and not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".ndjson", ".jsonl.gz", ".json"])
+def test_item_files_of_every_form(tmp_path, suffix):
+    items, forms = any_items(), tmp_path / "forms [1]"
+    items["piqa"][1]["goal"] += "\u2028w9\x85w8"
+    forms.mkdir()
+    for task, rows in items.items():
+        lines = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n\r\n"
+        content = json.dumps(rows, indent=1).encode() if suffix == ".json" else lines.encode()
+        (forms / f"{task}{suffix}").write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    usual = zero_shot_tasks("folder", write(tmp_path, items), None)
+    for name, task in zero_shot_tasks("folder", forms, None).items():
+        assert list(task.eval_docs) == list(usual[name].eval_docs) and len(task.eval_docs) == 6
+    (forms / "piqa.json.gz").touch()
+    with pytest.raises(DassError, match=r"holds several files for piqa, .*: keep one"):
+        zero_shot_tasks("folder", forms, None)
+
+
+def test_an_end_token_of_the_tokenizer_is_in_no_request(tmp_path):
+    tasks = zero_shot_tasks("folder", write(tmp_path, any_items()), None)
+    expected = zero_shot(tiny_model(), tiny_tokenizer(adds_bos=True), tasks, 4, "tokenizer")
+    assert zero_shot(tiny_model(), tokenizer_with("<s> $A </s>"), tasks, 4, "tokenizer") == expected
+
+
+def test_items_longer_than_the_positions(tmp_path, capsys):
+    tasks = zero_shot_tasks("folder", write(tmp_path, any_items()), None)
+    with pytest.raises(DassError, match=r"Some zero-shot items are sequences of \d+ tokens, and the model has 4 p"):
+        zero_shot(tiny_model("gpt2", max_position_embeddings=4), tiny_tokenizer(), tasks, 4, "none")
+    scores = zero_shot(tiny_model(max_position_embeddings=4), tiny_tokenizer(), tasks, 4, "none")
+    assert capsys.readouterr().err.count("note: Some zero-shot items are ") == 1
+    assert scores == zero_shot(tiny_model(), tiny_tokenizer(), tasks, 4, "none")  # none is cut
 
 
 def test_nothing_is_printed_away_from_a_terminal(tmp_path, capfd, caplog):
