@@ -27,7 +27,10 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = (RuntimeError, AssertionError, ValueError)
     with told(f"device={device} cannot be used here", "choose auto, cpu or a GPU", *kinds, field="device"):
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise ValueError("it holds no numbers")
+        return found
 
 
 def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:

@@ -53,10 +53,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise DassError, before hours of work, if the folder is a file or nothing can be written there."""
+    """Raise DassError, before hours of work, if nothing can be written to the folder; it may not be there yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise DassError(f"Nothing can be written to {folder}, because of {existing}: choose another folder.")
+    with told(f"Nothing can be written to {folder}, because of {existing}", "choose another folder", OSError):
+        tempfile.TemporaryFile(dir=existing).close()
 
 
 def record_path(results_dir: Path, run_id: str) -> Path:

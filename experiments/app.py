@@ -2,13 +2,12 @@
 
 import functools
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,12 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dass.errors import DassError, one_line
-from dass.names import unknown
-from experiments.bounds import PATHS
+from dass.terminal import leave, printing
+from experiments.arguments import prepared
 from experiments.signals import exit_on_signals
 
 CONF = Path(__file__).parent.parent / "conf"
-OPTIONAL = ("experiment", "scale")  # groups of which Hydra needs no option
 Settings = TypeVar("Settings")
 USER_ERRORS = (DassError, HydraException, OmegaConfBaseException)
 
@@ -66,18 +64,6 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     debug = "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing and exiting
     os.environ.setdefault("DASS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))  # inherited by the jobs of a sweep
-
-    try:
-        sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-    except DassError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    flags = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]  # may stand anywhere
-    sys.argv[1:] = flags[:1] + [argument for argument in sys.argv[1:] if argument not in flags]
-    sweeping = {"-m", "--multirun", "--cfg", "-c", "--help", "--hydra-help", "--info"}
-    if any(argument.startswith("experiment=") for argument in sys.argv) and not sweeping & set(sys.argv):
-        sys.argv.append("--multirun")  # an experiment is a sweep
-
     started = False
 
     @functools.wraps(task)
@@ -91,7 +77,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
                 raise
             why = sentence(error)
         except BrokenPipeError:
-            raise
+            leave()
         except Exception as error:
             if debug or HydraConfig.get().mode == RunMode.RUN:
                 raise
@@ -103,40 +89,27 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         # raised out here, so that no frame of the job, and no model in it, stays alive for the rest of the sweep
         raise Reported(why)
 
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-    except Reported:
-        sys.exit(1)
-    except BrokenPipeError:
-        leave_broken_pipe()
-    except Exception as error:
-        # before the task starts only composing the config can fail, and Hydra meets some of it with a bare ValueError
-        if debug or (started and not isinstance(error, USER_ERRORS)):
+    with printing():
+        try:
+            sys.argv[1:] = prepared(sys.argv[1:], CONF)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        except Reported:
+            sys.exit(1)
+        except BrokenPipeError:
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        except Exception as error:
+            # before the task starts only composing the config can fail, and Hydra meets some of it with a ValueError
+            if debug or (started and not isinstance(error, USER_ERRORS)):
+                raise
+            why, file = sentence(error), _file_read(error)
+            print(f"error: {why if file is None or file in why else f'{file}: {why}'}", file=sys.stderr)
+            sys.exit(1)
 
 
-def quoted(argument: str) -> str:
-    """An override whose path Hydra's grammar would take apart, in quotes; a list of several is left as it is.
-
-    Raises:
-        DassError: it names an experiment or a scale that is not there, which Hydra passes over.
-    """
-    key, _, value = argument.partition("=")
-    if key.lstrip("+") in OPTIONAL and not any(one.startswith("hydra.searchpath=") for one in sys.argv):
-        group = key.lstrip("+")
-        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        if value not in (*known, "null") and "," not in value:
-            raise unknown(f"The {group}", value, known, group)
-    odd = set(value) & set("~[]{}() :") and not set(value) & set("\"',$")
-    return f'{key}="{value}"' if key in PATHS and odd else argument
-
-
-def leave_broken_pipe() -> NoReturn:
-    """Exit as a program does whose output nobody reads any more, as in `| head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it closes it
-    sys.exit(128 + signal.SIGPIPE)
+def _file_read(error: BaseException) -> str | None:
+    """The config file that Hydra was reading when it failed; not all of its errors name it."""
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((str(names["full_path"]) for names in reversed(frames) if "full_path" in names), None)
 
 
 class Reported(Exception):

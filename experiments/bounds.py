@@ -18,8 +18,8 @@ def require_plain(composed: dict[str, Any]) -> None:
             raise DassError(f"{key} has {len(str(abs(value)))} digits, too large a number: give a smaller one.", key)
         if isinstance(value, float) and not math.isfinite(value):
             raise DassError(f"{key}={value} is not a finite number: give one.", key)
-        if isinstance(value, str) and one_line(value) != value:
-            raise DassError(f"{key}={one_line(value)} holds a line break or a control character: remove it.", key)
+        if isinstance(value, str):
+            require_one_line(key, value)
         if key in NAMES and (not isinstance(value, str) or not value.strip()):
             raise DassError(f"{key}={value} is not a name: give a word.", key)
     for key in PATHS:
@@ -28,11 +28,24 @@ def require_plain(composed: dict[str, Any]) -> None:
         for group in groups:
             place = place.get(group) or {}
         if isinstance(place.get(last), str):
-            short = place[last] if len(place[last]) < 100 else f"{place[last][:60]}…"
-            with told(f"{key}={short} cannot be a path here", "give another", OSError, RuntimeError, field=key):
-                path = Path(place[last]).expanduser()
-                path.exists()
-            place[last] = str(path) if place[last].startswith("~") else place[last]
+            place[last] = usable_path(key, place[last])
+
+
+def require_one_line(key: str, value: str) -> None:
+    """Raise DassError where a text would break the line that it is printed in."""
+    if one_line(value) != value:
+        raise DassError(f"{key}={one_line(value)} holds a line break or a control character: remove it.", key)
+
+
+def usable_path(key: str, path: str) -> str:
+    """A path with `~` resolved; DassError where there can be none such on this system."""
+    short = path if len(path) < 100 else f"{path[:60]}…"
+    with told(f"{key}={short} cannot be a path here", "give another", OSError, RuntimeError, ValueError, field=key):
+        if not path.strip():
+            raise ValueError("it is empty")
+        whole = Path(path).expanduser()
+        whole.exists()
+    return str(whole) if path.startswith("~") else path
 
 
 def _leaves(key: str, value: Any) -> list[tuple[str, Any]]:

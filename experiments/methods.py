@@ -1,13 +1,14 @@
 """From the config's words to a pruning method of the library."""
 
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from dass.errors import DassError
+from dass.errors import DassError, told
+from dass.names import unknown
 from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import ROLES
 from dass.pruning.criteria import CRITERIA
@@ -19,6 +20,8 @@ from experiments.app import CONF, typed
 from experiments.schema import MethodConfig, PruneConfig, SparsityConfig
 
 Pruner = BlockPruner | AdaptivePruner
+DENSE = "dense"
+"""The name of the method that prunes nothing, by which tables know it."""
 
 
 def pruners_of(config: PruneConfig) -> Mapping[str, Pruner]:
@@ -35,7 +38,7 @@ def pruners_of(config: PruneConfig) -> Mapping[str, Pruner]:
         return {} if pruner is None else {str(config.method["name"]): pruner}
     if others := set(config.method) - {"name", "methods"}:
         raise DassError(f"method.{min(others)} has no effect where methods are compared as their files say: remove it.")
-    return compared(config, names)
+    return compared(config, names if isinstance(names, list) else [])
 
 
 def compared(config: PruneConfig, names: Sequence[Any]) -> dict[str, BlockPruner]:
@@ -66,11 +69,18 @@ def _adaptive(config: PruneConfig, candidates: Any) -> AdaptivePruner:
 
 def _from_file(config: PruneConfig, where: str, name: str, changes: dict[str, Any]) -> BlockPruner:
     """A method as its file in conf/method says, with some values changed."""
+    known = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    if name not in known:
+        raise unknown("The method", name, known, f"method.{where}")
     file = CONF / "method" / f"{name}.yaml"
-    words: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    with told(f"{file} cannot be read", "correct it", Exception):  # whatever OmegaConf and its YAML raise
+        words: Any = OmegaConf.to_container(OmegaConf.load(file))
     pruner = _pruner(config, words | changes) if "criterion" in words else None
     if pruner is None:
         raise DassError(f"method.{where} names {name}, which is no method that prunes: see conf/method.")
+    for key in changes:
+        if is_idle(key, words | changes):
+            raise DassError(f"{key} has no effect on {name}: remove it.", f"method.{where}")
     return pruner
 
 
@@ -97,32 +107,40 @@ def _pruner(config: PruneConfig, words: dict[str, Any]) -> BlockPruner | None:
     method = typed(MethodConfig, {key: value for key, value in given.items() if key in shared})
     parameters = {k: v for k, v in given.items() if k not in shared}
     if method.criterion is None:
-        if parameters or method.axis or method.update != "none":
+        if parameters or method.axis or method.update != "none" or method.name != DENSE:
             raise DassError(
                 f"The method {method.name} has no criterion, so it prunes nothing: set one.", field="method.criterion"
             )
         return None
-    return BlockPruner(
+    pruner = BlockPruner(
         Method(
             method.criterion,
             method.axis,  # type: ignore[arg-type]  # checked by Method
             pattern_of(config.sparsity),
             method.update,
-            {k: v for k, v in parameters.items() if not _idle(k, v, method)},
+            {k: v for k, v in parameters.items() if not is_idle(k, words)},
             method.order,
             method.order_seed,
         ),
         config.targets,  # type: ignore[arg-type]
-        "|".join(f"(?:{expression})" for expression in (method.exclude, config.exclude) if expression) or None,
+        "|".join(map(_expression, filter(None, (method.exclude, config.exclude)))) or None,
     )
+    if method.name == DENSE:
+        raise DassError("method.name=dense is the name of what is not pruned: give another.", "method.name")
+    return pruner
 
 
-def _idle(name: str, value: Any, method: MethodConfig) -> bool:
-    """Whether a parameter is of an update or criterion that is not used; a note if it was set to no avail."""
-    used = (CRITERIA.find(str(method.criterion)), UPDATES.find(method.update))
+def _expression(exclude: str) -> str:
+    """A regular expression as a part of another; DassError where it is none."""
+    part = f"(?:{exclude})"
+    kinds = (re.error, RecursionError, OverflowError)
+    with told(f"exclude={exclude} is not a regular expression", "correct it", *kinds, field="exclude"):
+        re.compile(part)
+    return part
+
+
+def is_idle(name: str, words: Mapping[str, Any]) -> bool:
+    """Whether a setting of a method is a parameter of criteria or updates that are not its own."""
+    own = (CRITERIA.find(str(words.get("criterion"))), UPDATES.find(str(words.get("update", "none"))))
     owners = [entry for entry in (*CRITERIA.values(), *UPDATES.values()) if name in entry.parameters()]
-    if not owners or any(name in entry.parameters() for entry in used):
-        return False
-    if owners[0].parameters()[name] != value:
-        print(f"note: method.{name}={value} has no effect with this criterion and update", file=sys.stderr)
-    return True
+    return bool(owners) and not any(name in entry.parameters() for entry in own)

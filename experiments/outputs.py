@@ -15,6 +15,7 @@ from dass.records import file_sha256
 from dass.saving import model_card, save_model, source_licence, write_card
 from dass.sparsity import MASKS_FILE, PackedMasks
 from experiments.fingerprint import source_of
+from experiments.public import public_override
 from experiments.resolve import Plan
 
 
@@ -25,9 +26,9 @@ def destination(folder: str, run_id: str) -> Path:
 
 
 def command_of() -> str:
-    """The command that makes this run alone."""
+    """The command that makes this run alone, without the places of this machine."""
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return shlex.join(["python", "-m", "experiments.prune", *overrides])
+    return shlex.join(["python", "-m", "experiments.prune", *map(public_override, overrides)])
 
 
 def is_written(plan: Plan, record: dict[str, Any]) -> bool:

@@ -6,9 +6,7 @@ python -m experiments.prune -m experiment=table1_perplexity scale=small
 """
 
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,8 @@ from dass.errors import DassError, told
 from dass.evaluation import door
 from dass.evaluation.zero_shot import hub_items
 from dass.folders import require_own_folder
-from dass.models import DTYPES, batch_size_for, load_model, load_tokenizer, model_folder, resolve_dtype
-from dass.progress import progress, say
-from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs, diagnostics
-from dass.pruning.layout import find_blocks
-from dass.pruning.pruner import Pruned
-from dass.pruning.walk import Step, walk
+from dass.models import load_model, load_tokenizer, model_folder, resolve_dtype
+from dass.pruning.comparison import diagnostics
 from dass.records import (
     git_state,
     machine_description,
@@ -42,19 +36,17 @@ from dass.records import (
     write_record,
 )
 from dass.saving import round_to
-from dass.sparsity import PackedMasks, require_own_masks, sparsity_report
+from dass.sparsity import require_own_masks
 from dass.stages import Stages, release_freed_memory
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import hub_text, source_of
 from experiments.notes import note_idle
 from experiments.outputs import command_of, destination, is_written, save, write_metrics
-from experiments.public import public
+from experiments.public import public, public_text
 from experiments.resolve import Plan, check, loads
+from experiments.walked import Log, Walked, counted, prune
 from report.runs import runs_of
-
-Log = Callable[[dict[str, float]], None]
-"""Told of each finished block."""
 
 
 def main(config: DictConfig) -> str | None:
@@ -115,7 +107,7 @@ def is_done(plan: Plan) -> bool:
 
 def run_and_record(plan: Plan, label: str) -> None:
     """Run, record what was measured, print the outcome in one line; then raise what saving or evaluating raised."""
-    with track(**vars(plan.config.tracking), run_id=plan.run_id, config=plan.composed) as mirror:
+    with track(**vars(plan.config.tracking), run_id=plan.run_id, config=public(plan.composed)) as mirror:
         record, problems = run(plan, mirror.log)
         path = write_record(Path(plan.config.results_dir), record)
         log_record(mirror, record)
@@ -125,17 +117,6 @@ def run_and_record(plan: Plan, label: str) -> None:
             print(f"error: {sentence(problem)}", file=sys.stderr, flush=True)
         if problems:
             raise problems[0]
-
-
-@dataclass
-class Walked:
-    """What a walk over all blocks leaves behind."""
-
-    projections: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each the pattern, axis, damping
-    rare: dict[str, int] = field(default_factory=dict)  # experts that saw too few tokens: how many they saw
-    measured: list[BlockDiagnostics] = field(default_factory=list)  # of each block, where methods are compared
-    masks: PackedMasks = field(default_factory=PackedMasks)  # where they are asked for
-    batch_size: int = 1
 
 
 def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
@@ -182,7 +163,7 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
         "id": plan.run_id,
         "identity": plan.fingerprint.as_dict(),
         "determinants": plan.fingerprint.parts,
-        "command": public(command_of()),
+        "command": command_of(),
         "config": public(plan.composed) | {"resolved": {"dtype": plan.dtype, "batch_size": walked.batch_size}},
         "git": git_state(),
         "versions": package_versions(),
@@ -236,7 +217,7 @@ def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list
         work()
     except Exception as error:
         why = sentence(error) if isinstance(error, DassError) else f"{type(error).__name__}: {error}"
-        record["failed"][what] = public(why)
+        record["failed"][what] = public_text(why)
         return [error]
     return []
 
@@ -244,67 +225,6 @@ def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list
 def score(evaluation: door.Evaluation, model: PreTrainedModel, batch_size: int | None, record: dict[str, Any]) -> None:
     """Evaluate the model, and put the metrics into the record."""
     record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size)
-
-
-def counted(plan: Plan, model: PreTrainedModel, walked: Walked) -> dict[str, Any]:
-    """The sparsity of the model, with what each projection went through."""
-    blocks = find_blocks(model, plan.config.model.projections) if plan.pruners else []
-    pruners = [] if plan.compares else list(plan.pruners.values())
-    sparsity = sparsity_report(model, blocks, [p for pr in pruners for block in blocks for p in pr.projections(block)])
-    for name, facts in walked.projections.items():
-        sparsity["projections"][name] |= facts
-    return sparsity
-
-
-@torch.no_grad()
-def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, log: Log) -> Walked:
-    """Prune the model in place, or compare methods on each of its blocks."""
-    config, source = plan.config, source_of(plan.config.model)
-    stored = DTYPES[resolve_dtype(config.model.dtype, source, config.model.revision)]
-    pruners = [pruner.storing(stored) for pruner in plan.pruners.values()]
-    blocks = find_blocks(model, config.model.projections)
-    for pruner in pruners:
-        pruner.check(blocks)
-    size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
-    walked = Walked(batch_size=size)
-    needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
-    bar = progress(None, "pruning", "block", len(blocks))
-    before = time.perf_counter()
-    for step in walk(model, calibration, needs, size, config.calibration.min_expert_tokens, config.model.projections):
-        pruned: list[Pruned] = []
-        if plan.compares:
-            walked.measured.append(compare_block(plan.compared, step.block, step.streams))
-        else:
-            pruned = pruners[0].prune(step.block, step.streams, step.outputs)
-        sparsity = note(walked, step, pruned, config.masks is not None)
-        before, seconds = time.perf_counter(), time.perf_counter() - before
-        log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
-        say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
-        bar.update()
-    bar.close()
-    if walked.rare:
-        print(
-            f"note: {len(walked.rare)} experts saw too few calibration tokens, the fewest {min(walked.rare.values())}: "
-            f"each was judged by all tokens of its block instead, as the record says",
-            file=sys.stderr,
-        )
-    return walked
-
-
-def note(walked: Walked, step: Step, pruned: list[Pruned], keep_masks: bool) -> float:
-    """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
-    walked.rare |= step.rare
-    for one in pruned:
-        mask, name = one.mask, one.projection.name
-        walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
-        if one.chosen is not None:
-            walked.projections[name]["chosen"] = one.chosen
-        if one.damping is not None:
-            walked.projections[name] |= {"damping": one.damping, "damping_attempts": one.damping_attempts}
-        if keep_masks:
-            walked.masks.add(name, mask)
-    kept = sum((one.mask.keep.sum() for one in pruned), torch.tensor(0))  # the host waits for the device once
-    return 1 - int(kept) / max(sum(one.mask.keep.numel() for one in pruned), 1) if pruned else 0.0
 
 
 if __name__ == "__main__":

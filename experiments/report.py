@@ -12,14 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import OmegaConf
 
-from dass.errors import DassError, told
+from dass.errors import DassError, one_line
 from dass.manifests import FOLDER, Manifest, read_manifest, read_manifests
 from dass.names import unknown
 from dass.records import read_records, write_atomically
+from dass.terminal import printing
 from dass.tracking import log_report, track
-from experiments.app import leave_broken_pipe, sentence, typed
+from experiments.app import sentence
+from experiments.bounds import require_one_line, usable_path
 from report.figures import write_figure
 from report.grid import to_latex, to_markdown
 from report.kinds import Material, find_kind
@@ -43,15 +44,19 @@ class ReportConfig:
     log_to: str = "none"  # or wandb: log tables and figures into the experiment's group
 
 
+PATHS = ("manifest", "records", "published", "output", "reference", "page")
+
+
 def settings_of(arguments: list[str]) -> ReportConfig:
-    """The settings that `key=value` arguments give; DassError on a word without `=`, an unknown key or a wrong type."""
-    known = [field.name for field in fields(ReportConfig)]
+    """The settings that `key=value` arguments give; DassError on a word without `=`, an unknown key or no path."""
+    known, given = [field.name for field in fields(ReportConfig)], {}
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if not equals or key not in known:
-            raise unknown("The setting", key, known)
-    with told("The settings cannot be read", "give each as key=value, quoted where it holds brackets", Exception):
-        return typed(ReportConfig, OmegaConf.from_cli(arguments))
+            raise unknown("The setting", one_line(key), known)
+        require_one_line(key, value)
+        given[key] = usable_path(key, value) if key in PATHS else value
+    return ReportConfig(**given)
 
 
 def report(config: ReportConfig) -> None:
@@ -77,13 +82,12 @@ def report(config: ReportConfig) -> None:
 
 def main(arguments: list[str]) -> None:
     """Report as the command line says; an error of the user is one sentence on stderr, and exit 1."""
-    try:
-        report(settings_of(arguments))
-    except DassError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except BrokenPipeError:
-        leave_broken_pipe()
+    with printing():
+        try:
+            report(settings_of(arguments))
+        except DassError as error:
+            print(f"error: {sentence(error)}", file=sys.stderr)
+            sys.exit(1)
 
 
 def _manifests(config: ReportConfig, folder: Path) -> list[Manifest]:
@@ -149,6 +153,8 @@ def _write(config: ReportConfig, kind: str, runs: list[Run], name: str) -> tuple
     if config.reference is not None:
         committed = runs_of(read_records(Path(config.reference)))
         print(to_markdown([comparison(runs, committed)]))
+        if not {run.id for run in runs} & {run.id for run in committed}:
+            raise DassError(f"reference={config.reference} has no run of the same identity: nothing was compared.")
         if others := beyond_noise(runs, committed):
             raise DassError(
                 f"{', '.join(others)}: another perplexity than the committed one, by more than the noise above; look "

@@ -12,8 +12,9 @@ from dass.errors import DassError
 from dass.manifests import Manifest, PlannedRun, write_manifest
 from dass.records import identity_of
 from experiments.app import sentence
-from experiments.public import public
+from experiments.public import public, public_override, public_text
 from experiments.resolve import check
+from report.kinds import find_kind
 
 ROUTINE = {"experiment", "scale", "results_dir", "tracking", "device", "batch_size", "save_model", "masks", "rerun"}
 ROUTINE |= {"debug", "hydra"}
@@ -36,8 +37,10 @@ def plan_sweep(config: DictConfig, jobs: list[list[str]], arguments: list[str]) 
     name = f"{experiment or 'sweep'}{'' if scale is None else '-' + scale}"
     if changed or experiment is None:
         name += f"-{identity_of({'changed': sorted(changed)})[:8]}"
+    report = str(config.get("report") or "perplexity")
+    find_kind(report)
     runs = [_planned(compose("prune", job)) for job in jobs]
-    return Manifest(name, experiment, scale, str(config.get("report") or "perplexity"), public(arguments), runs)
+    return Manifest(name, experiment, scale, report, [public_override(one) for one in arguments], runs)
 
 
 def finish_sweep(folder: Path, manifest: Manifest, results: Sequence[JobReturn]) -> Path:
@@ -48,7 +51,7 @@ def finish_sweep(folder: Path, manifest: Manifest, results: Sequence[JobReturn])
         if result.status == JobStatus.COMPLETED:
             runs.append(replace(planned, fingerprint=told, why=None))
         else:
-            runs.append(replace(planned, why=public(str(told)) or type(told).__name__))
+            runs.append(replace(planned, why=public_text(str(told)) or type(told).__name__))
     return write_sweep(folder, replace(manifest, runs=runs))
 
 
@@ -69,4 +72,4 @@ def _planned(config: DictConfig) -> PlannedRun:
         kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
         return PlannedRun(plan.run_id, public(kept), calibrates, None)
     except DassError as error:
-        return PlannedRun(None, public(kept), calibrates, public(sentence(error)))
+        return PlannedRun(None, public(kept), calibrates, public_text(sentence(error)))

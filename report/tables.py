@@ -122,10 +122,11 @@ def find(cells: pd.DataFrame, pattern: str, method: str, options: dict[str, Any]
 
 
 def unbeaten(cells: list[Any]) -> list[bool]:
-    """Of cells with a result which are the best, or cannot be told apart from it; none where there is only one."""
+    """Of cells with a result which are the best, or cannot be told apart from it; none where none can be compared."""
     best = min(cells, key=lambda cell: cell.score)
     differences = [paired_difference(cell.runs, best.runs) for cell in cells]
-    return [len(cells) > 1 and not (found and found.counts) for found in differences]
+    is_compared = sum(found is not None for found in differences) > 1  # with another than itself
+    return [is_compared and found is not None and not found.counts for found in differences]
 
 
 def paired_difference(ours: list[Run], theirs: list[Run]) -> Difference | None:

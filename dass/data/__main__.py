@@ -5,6 +5,7 @@ import sys
 
 from dass.data import assets
 from dass.errors import DassError
+from dass.terminal import printing
 
 DEFAULTS = ("smollm2_135m", "c4", "wiki")
 
@@ -29,4 +30,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with printing():
+        sys.exit(main(sys.argv[1:]))

@@ -43,7 +43,8 @@ def draws_of_the_reference(texts, tokenizer, nsamples, seqlen, seed):
 @pytest.mark.parametrize("seed", [0, 7])
 def test_c4_from_a_local_shard_is_drawn_as_the_reference_draws(tmp_path, adds_bos, seed):
     texts, tokenizer = documents([5, 40, 21, 20, 19, 100, 33]), tiny_tokenizer(adds_bos)
-    shard = tmp_path / "c4-train.00000-of-01024.json.gz"
+    shard = tmp_path / "a [b] *" / "c4-train.00000-of-01024.json.gz"  # a name, not a pattern
+    shard.parent.mkdir()
     with gzip.open(shard, "wt") as file:
         file.writelines(json.dumps({"text": text, "timestamp": "2019", "url": "x"}) + "\n" for text in texts)
     drawn = calibration_tokens("c4", tokenizer, str(shard), 9, 20, seed, "tokenizer", False)

@@ -15,7 +15,7 @@ from tests.experiments.test_prune import ROOT, records, run, setting  # noqa: F4
 DRIVER = """
 import os, sys, time
 from transformers import PreTrainedModel
-from experiments import prune
+from experiments import prune, walked
 number, stage = int(sys.argv.pop(1)), sys.argv.pop(1)
 
 def save_pretrained(self, folder, **_):
@@ -30,7 +30,7 @@ def stop(*_, **__):
 if stage == "save":
     PreTrainedModel.save_pretrained = save_pretrained
 else:
-    setattr(prune, {"walk": "note", "evaluation": "score"}[stage], stop)
+    setattr(*{"walk": (walked, "note"), "evaluation": (prune, "score")}[stage], stop)
 prune.run_app(prune.main, "prune")
 """
 

@@ -52,6 +52,37 @@ def test_an_experiment_and_its_manifest_give_the_same_tables(example: ReportConf
     assert written(example) == once
 
 
+@pytest.mark.parametrize(
+    ("shift", "says"), [(0.0, None), (0.004, None), (0.02, "by more than the noise"), (None, "nothing")]
+)
+def test_a_reference_is_met_within_the_noise_or_the_command_fails(
+    example: ReportConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], shift: float | None, says: str | None
+) -> None:
+    for folder, run_id, by in (
+        (example.records, "w", shift or 0.0),
+        (tmp_path / "reference", "w" if shift is not None else "x", 0.0),
+    ):
+        write_record(Path(str(folder)), make_record(run_id, "wanda", losses(0.3 + by)))
+    arguments = [f"{key}={value}" for key, value in vars(example).items() if value is not None]
+    if says is None:
+        main([*arguments, f"reference={tmp_path}/reference"])
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, f"reference={tmp_path}/reference"])
+        assert ended.value.code == 1 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["output=~nobody_at_all/x", "records=" + "a" * 300, "page=a\nb", "manifest="])
+def test_paths_that_cannot_be_are_one_sentence(argument: str) -> None:
+    with pytest.raises(DassError) as found:
+        settings_of([argument])
+    assert argument.partition("=")[0] in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_path_is_what_was_typed() -> None:
+    assert settings_of(["output=~/a: [b], {c}=#1"]).output == str(Path.home() / "a: [b], {c}=#1")
+
+
 def test_a_restricted_sweep_is_reported_by_its_own_manifest(
     example: ReportConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,11 +100,16 @@ def test_two_standard_errors_are_the_border(ratio: float, draw: bool) -> None:
     assert markdown_rows(to_markdown(table))["2:4", "dass"][1].startswith("≈") == draw
 
 
-def test_a_single_window_tells_nothing_apart() -> None:
+def test_single_windows_are_not_compared_and_nothing_is_bold() -> None:
     records = [make_record(name, name, losses(shift, n=1)) for name, shift in (("wanda", 0.9), ("dass", 0.1))]
     table = table_of(*records)
-    assert best(table, STRICT) == {"wanda", "dass"}
-    assert markdown_rows(to_markdown(table))["2:4", "dass"][:2] == [f"**{np.exp(3.1):.2f}**", "—"]
+    assert markdown_rows(to_markdown(table))["2:4", "dass"][:2] == [f"{np.exp(3.1):.2f}", "—"]
+    assert "**" not in to_markdown(table)
+
+
+def test_what_lacks_draws_is_compared_with_nothing_and_not_bold() -> None:
+    wanda = [make_record(f"w{seed}", "wanda", losses(0.3 + seed / 100), seed=seed) for seed in range(3)]
+    assert best(table_of(*wanda, make_record("d", "dass", losses(0.2))), STRICT) == set()
 
 
 def test_one_method_alone_has_beaten_nothing() -> None:

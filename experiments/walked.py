@@ -1,0 +1,111 @@
+"""The stage of pruning: the walk over the blocks, and what it leaves behind."""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dass.errors import DassError
+from dass.models import DTYPES, batch_size_for, resolve_dtype
+from dass.progress import progress, say
+from dass.pruning.blocks import MLP_ROLES, ROLES, Block
+from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs
+from dass.pruning.layout import find_blocks
+from dass.pruning.pruner import Pruned
+from dass.pruning.walk import Step, walk
+from dass.sparsity import PackedMasks, sparsity_report
+from experiments.fingerprint import source_of
+from experiments.resolve import Plan
+
+Log = Callable[[dict[str, float]], None]
+"""Told of each finished block."""
+
+
+@dataclass
+class Walked:
+    """What a walk over all blocks leaves behind."""
+
+    projections: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each the pattern, axis, damping
+    rare: dict[str, int] = field(default_factory=dict)  # experts that saw too few tokens: how many they saw
+    measured: list[BlockDiagnostics] = field(default_factory=list)  # of each block, where methods are compared
+    masks: PackedMasks = field(default_factory=PackedMasks)  # where they are asked for
+    batch_size: int = 1
+
+
+def counted(plan: Plan, model: PreTrainedModel, walked: Walked) -> dict[str, Any]:
+    """The sparsity of the model, with what each projection went through."""
+    blocks = find_blocks(model, plan.config.model.projections) if plan.pruners else []
+    pruners = [] if plan.compares else list(plan.pruners.values())
+    sparsity = sparsity_report(model, blocks, [p for pr in pruners for block in blocks for p in pr.projections(block)])
+    for name, facts in walked.projections.items():
+        sparsity["projections"][name] |= facts
+    return sparsity
+
+
+@torch.no_grad()
+def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, log: Log) -> Walked:
+    """Prune the model in place, or compare methods on each of its blocks."""
+    config, source = plan.config, source_of(plan.config.model)
+    stored = DTYPES[resolve_dtype(config.model.dtype, source, config.model.revision)]
+    pruners = [pruner.storing(stored) for pruner in plan.pruners.values()]
+    blocks = find_blocks(model, config.model.projections)
+    require_excluded(plan, blocks)
+    for pruner in pruners:
+        pruner.check(blocks)
+    if config.calibration.min_expert_tokens is not None and not any(u.routed for block in blocks for u in block.units):
+        print("note: calibration.min_expert_tokens has no effect: the model has no experts", file=sys.stderr)
+    size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
+    walked = Walked(batch_size=size)
+    needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
+    bar = progress(None, "pruning", "block", len(blocks))
+    before = time.perf_counter()
+    for step in walk(model, calibration, needs, size, config.calibration.min_expert_tokens, config.model.projections):
+        pruned: list[Pruned] = []
+        if plan.compares:
+            walked.measured.append(compare_block(plan.compared, step.block, step.streams))
+        else:
+            pruned = pruners[0].prune(step.block, step.streams, step.outputs)
+        sparsity = note(walked, step, pruned, config.masks is not None)
+        before, seconds = time.perf_counter(), time.perf_counter() - before
+        log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
+        say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
+        bar.update()
+    bar.close()
+    if walked.rare:
+        print(
+            f"note: {len(walked.rare)} experts saw too few calibration tokens, the fewest {min(walked.rare.values())}: "
+            f"each was judged by all tokens of its block instead, as the record says",
+            file=sys.stderr,
+        )
+    return walked
+
+
+def require_excluded(plan: Plan, blocks: list[Block]) -> None:
+    """Raise DassError where one of the two `exclude` matches nothing, which the other would hide."""
+    roles = ROLES if plan.config.targets == "all" else MLP_ROLES
+    names = [p.name for block in blocks for p in block.projections if p.role in roles]
+    for key, exclude in (("exclude", plan.config.exclude), ("method.exclude", plan.config.method.get("exclude"))):
+        if exclude and not any(re.search(exclude, name) for name in names):
+            raise DassError(f"{key}={exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", key)
+
+
+def note(walked: Walked, step: Step, pruned: list[Pruned], keep_masks: bool) -> float:
+    """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
+    walked.rare |= step.rare
+    for one in pruned:
+        mask, name = one.mask, one.projection.name
+        walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
+        if one.chosen is not None:
+            walked.projections[name]["chosen"] = one.chosen
+        if one.damping is not None:
+            walked.projections[name] |= {"damping": one.damping, "damping_attempts": one.damping_attempts}
+        if keep_masks:
+            walked.masks.add(name, mask)
+    kept = sum((one.mask.keep.sum() for one in pruned), torch.tensor(0))  # the host waits for the device once
+    return 1 - int(kept) / max(sum(one.mask.keep.numel() for one in pruned), 1) if pruned else 0.0
