@@ -5,11 +5,11 @@ OUT := outputs/reproduce
 SCALE := small
 CUDA := ^(\#|nvidia|cuda|triton|setuptools)
 EXPERIMENTS := table1 table-glu-variants table-zero-shot ablation-alpha ablation-granularity ablation-calibration \
-	ablation-update sparsity-curve pruning-time diagnostics
+	ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pins reproduce $(EXPERIMENTS) experiments tables train-tiny test test-slow lint format benchmark \
-	benchmark-gpu
+.PHONY: help setup pins reproduce $(EXPERIMENTS) table-scale experiments tables site train-tiny test \
+	test-slow lint format benchmark benchmark-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-21s %s\n", $$1, $$2}'
@@ -47,7 +47,10 @@ sparsity-curve: ## perplexity over sparsity
 pruning-time: ## seconds and memory of each method; on an idle machine
 diagnostics: ## errors, overlap of masks and spread of norms, block by block
 
-$(EXPERIMENTS): $(READY)
+ablation-order: ## the order of the neurons: released, random, spread, matched
+table-scale: ## the methods over models of 135 million to 1.5 billion parameters; long, and not one of `experiments`
+
+$(EXPERIMENTS) table-scale: $(READY)
 	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
 	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
 	$(BIN)/python -m experiments.report experiment=$$experiment scale=$(SCALE) log_to=wandb || status=$$?; \
@@ -59,6 +62,9 @@ experiments: $(READY) ## all of them
 tables: $(READY) ## rebuild all tables and figures of results/ and docs/reproduction.md from the records, without a model
 	$(BIN)/python -m experiments.report experiment=all scale=$(SCALE)
 	$(BIN)/python -m experiments.report page=docs/reproduction.template.md
+
+site: $(READY) ## all tables, figures and records as one page for a browser, outputs/site/index.html
+	$(BIN)/python -m experiments.report site=outputs/site
 
 train-tiny: $(READY) ## train the small models that table-glu-variants compares, where they are not there
 	$(BIN)/python -m experiments.train_tiny

@@ -17,7 +17,7 @@ from typing import Any
 from dass import hub
 from dass.checkpoint import model_contents
 from dass.data import assets
-from dass.data.sources import SOURCES, find_source
+from dass.data.sources import SOURCES, Part, find_source
 from dass.data.tokens import default_bos
 from dass.evaluation import door
 from dass.fingerprint import Fingerprint, hashed
@@ -35,18 +35,26 @@ from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig,
 def fingerprint_of(config: PruneConfig, pruners: Mapping[str, Pruner], dtype: str) -> Fingerprint:
     """The identity of a run that computes in `dtype`; DassError where a file that it names is not there."""
     config = pinned(config, any(map(needs_calibration, pruners.values())))
-    prunings = {name: _method(config, name, pruner) for name, pruner in pruners.items()}
-    compared = {name: hashed("method", part) for name, part in prunings.items()}
-    method = {"compared": compared} if len(prunings) > 1 else next(iter(prunings.values()), None)
-    calibrates = any(map(needs_calibration, pruners.values()))
-    return Fingerprint(
-        {
-            "model": model_identity(config.model) | {"dtype": dtype},
-            "method": method,
-            "calibration": _calibration(config.calibration, config.seed) if calibrates else None,
-            "evaluation": None if config.evaluation.name == "none" else _evaluation(config.evaluation),
-        }
-    )
+    hidden = {part: text_identity(part, getattr(config, part)) for part in texts_read(config, pruners)}
+    return assembled(config, pruners, dtype, hidden | {"model": model_identity(config.model)})
+
+
+def assembled(
+    config: PruneConfig, pruners: Mapping[str, Pruner], dtype: str, hidden: Mapping[str, dict[str, Any]]
+) -> Fingerprint:
+    """The identity of pinned settings, given what the names of the model and of each text that is read hide."""
+    parts: dict[str, dict[str, Any] | None] = {"model": hidden["model"] | {"dtype": dtype}}
+    parts |= {"method": _methods(config, pruners), "calibration": None, "evaluation": None}
+    for part in texts_read(config, pruners):
+        text = getattr(config, part)
+        rest = {key: value for key, value in vars(text).items() if key not in ("path", "revision")}
+        found: dict[str, Any] = {"name": text.name} | hidden[part] | rest
+        if part == "calibration" and not find_source(text.name, part).tokens:
+            found["seed"] = config.seed
+        if part == "evaluation" and text.name == "packaged_wiki" and text.n_windows is None:
+            found["articles"] = assets.HELD_OUT_ARTICLES
+        parts[part] = found
+    return Fingerprint(parts)
 
 
 def pinned(config: PruneConfig, calibrates: bool) -> PruneConfig:
@@ -89,15 +97,29 @@ def needs_calibration(pruner: Pruner) -> bool:
     return isinstance(pruner, AdaptivePruner) or any(pruner.method.needs_for(role) for role in pruner.roles)
 
 
-def model_identity(model: ModelConfig) -> dict[str, Any]:
-    """Its contents, or its id and revision, but not its place."""
+def texts_read(config: PruneConfig, pruners: Mapping[str, Pruner]) -> list[Part]:
+    """Of calibration and evaluation those that a run reads a text for."""
+    reads: dict[Part, bool] = {"calibration": any(map(needs_calibration, pruners.values()))}
+    reads["evaluation"] = config.evaluation.name != "none"
+    return [part for part in reads if reads[part]]
+
+
+def text_identity(part: Part, text: CalibrationConfig | EvaluationConfig) -> dict[str, Any]:
+    """What the name, path and revision of a text stand for."""
+    if part == "evaluation":
+        return door.identity(text.name, text.path, text.revision)
+    return find_source(text.name, part).identity(text.path, text.revision)
+
+
+def model_identity(model: ModelConfig, contents: str | None = None) -> dict[str, Any]:
+    """Its contents (those that are given, where its files lie elsewhere), or its id and revision, but not its place."""
     if model.packaged is not None:
         return {"packaged": model.packaged, "sha256": assets.packaged_sha256(model.packaged)}
     if model.trained is not None:  # a recipe gives the same weights on one machine only
-        contents = model_contents(trained_model(model.trained))
+        contents = contents or model_contents(trained_model(model.trained))
         return {"trained": recipe_identity(model.trained), "contents": contents}
     if model.path is not None:
-        return {"contents": model_contents(Path(model.path).expanduser())}
+        return {"contents": contents or model_contents(Path(model.path).expanduser())}
     return {"hub_id": model.hub_id, "revision": model.revision}
 
 
@@ -123,8 +145,15 @@ def code_of(function: Callable[..., Any]) -> str:
     return identity_of(sources)
 
 
+def _methods(config: PruneConfig, pruners: Mapping[str, Pruner]) -> dict[str, Any] | None:
+    """What determines the pruned weights, or the comparison, besides the model and the calibration; None: nothing."""
+    prunings = {name: _method(config, name, pruner) for name, pruner in pruners.items()}
+    compared = {name: hashed("method", part) for name, part in prunings.items()}
+    return {"compared": compared} if len(prunings) > 1 else next(iter(prunings.values()), None)
+
+
 def _method(config: PruneConfig, name: str, pruner: Pruner) -> dict[str, Any]:
-    """What determines the pruned weights, besides the model and the calibration."""
+    """The same of one method."""
     if isinstance(pruner, AdaptivePruner):
         candidates = {one: hashed("method", _method(config, one, own)) for one, own in pruner.candidates.items()}
         return {"name": name, "candidates": candidates, "share": pruner.share}
@@ -149,24 +178,6 @@ def _method(config: PruneConfig, name: str, pruner: Pruner) -> dict[str, Any]:
         # what an update has changed is rounded to the source's dtype, unless another is asked for
         "rounded": method.update == "none" or config.model.dtype == "auto",
     }
-
-
-def _calibration(calibration: CalibrationConfig, seed: int) -> dict[str, Any]:
-    source = find_source(calibration.name, "calibration")
-    read = _text(calibration, source.identity(calibration.path, calibration.revision))
-    return read if source.tokens else read | {"seed": seed}
-
-
-def _evaluation(evaluation: EvaluationConfig) -> dict[str, Any]:
-    read = _text(evaluation, door.identity(evaluation.name, evaluation.path, evaluation.revision))
-    whole_packaged_text = evaluation.name == "packaged_wiki" and evaluation.n_windows is None
-    return read | ({"articles": assets.HELD_OUT_ARTICLES} if whole_packaged_text else {})
-
-
-def _text(config: CalibrationConfig | EvaluationConfig, hidden: dict[str, Any]) -> dict[str, Any]:
-    """Its settings, with what its name hides in the place of its path and revision."""
-    rest = {key: value for key, value in vars(config).items() if key not in ("path", "revision")}
-    return {"name": config.name} | hidden | rest
 
 
 def source_of(model: ModelConfig) -> str:

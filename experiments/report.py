@@ -5,6 +5,7 @@ python -m experiments.report experiment=all                             all of t
 python -m experiments.report manifest=FILE                              a restricted or changed sweep
 python -m experiments.report records=DIR output=DIR [reference=DIR]     whatever lies in a folder, and what it lacks
 python -m experiments.report page=NAME.template.md                      a page whose numbers come from the records
+python -m experiments.report site=FOLDER                                all whole sweeps as one page for a browser
 """
 
 import sys
@@ -27,6 +28,7 @@ from report.kinds import Material, find_kind
 from report.page import page_path, render_page
 from report.rows import beyond_noise, comparison, read_published
 from report.runs import Run, planned_runs, runs_of
+from report.site import write_site
 
 
 @dataclass
@@ -41,10 +43,11 @@ class ReportConfig:
     output: str = "results"  # the tables go to <output>/tables, the figures to <output>/figures
     reference: str | None = None  # folder of records to compare each run with, by identity
     page: str | None = None  # a template, NAME.template.md: the page NAME.md is built beside it
+    site: str | None = None  # a folder: the page of all whole sweeps is index.html in it
     log_to: str = "none"  # or wandb: log tables and figures into the experiment's group
 
 
-PATHS = ("manifest", "records", "published", "output", "reference", "page")
+PATHS = ("manifest", "records", "published", "output", "reference", "page", "site")
 
 
 def settings_of(arguments: list[str]) -> ReportConfig:
@@ -72,6 +75,9 @@ def report(config: ReportConfig) -> None:
     if config.page is not None:
         template = Path(config.page)
         write_atomically(page_path(template), render_page(template, runs, read_manifests(folder)))
+    elif config.site is not None:
+        whole = [one for one in read_manifests(folder) if one.name == f"{one.experiment}-{one.scale}"]
+        print(write_site(Path(config.site), runs, whole, read_published(Path(config.published))))
     elif config.experiment is None and config.manifest is None:
         _report_folder(config, folder, runs)
     else:

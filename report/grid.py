@@ -1,7 +1,7 @@
 """A table of text, how numbers are put into it, and how it is written as Markdown and LaTeX."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dass.errors import one_line
+from report.runs import Run
 from report.tables import Difference
 
 MISSING = "—"
@@ -31,6 +32,7 @@ class Grid:
     legend: str = ""  # how to read marks and errors
     bold: frozenset[tuple[int, int]] = frozenset()  # row and column of the cells in bold
     words: int = 2  # so many columns from the left are words; the others are numbers
+    runs: list[list[Run]] = field(default_factory=list)  # behind each row, those with a record; none: behind no row
 
 
 def number(value: float | None, form: str, stderr: float | None = None) -> str:
@@ -61,7 +63,12 @@ def grid_of(
         [{"Pattern": str(cell.pattern), "Method": cell.label} | row(cell) for cell in cells.itertuples()]
     )
     best = {(int(index), list(frame).index(bold)) for index in np.flatnonzero(cells.is_best) if bold}
-    return Grid(title, frame, facts, legend, frozenset(best))
+    return Grid(title, frame, facts, legend, frozenset(best), runs=recorded(cells.runs))
+
+
+def recorded(rows: Iterable[list[Run]]) -> list[list[Run]]:
+    """Of the runs behind each row those that have a record, each once."""
+    return [list({run.id: run for run in runs if run.record}.values()) for runs in rows]
 
 
 def as_markdown(text: str) -> str:

@@ -4,7 +4,7 @@ Adding one is a function from `Material` to `Report` under `@kind`, in this file
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -14,6 +14,7 @@ from dass.names import unknown
 from report import figures, rows
 from report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
 from report.grid import MISSING, Grid
+from report.orders import order_figure, order_frame, order_grid, variance_grid
 from report.runs import Run, frame_of
 from report.tables import cells_of
 from report.words import calibration_words, entries_of, facts_of, model_words
@@ -101,6 +102,23 @@ def glu_variants(material: Material) -> Report:
 
 
 @kind
+def order(material: Material) -> Report:
+    """The orders of the neurons: what random ones do to a result, and what is gained by choosing one."""
+    cells = cells_of(material.runs)
+    frame = order_frame(cells)
+    models = [own for _, own in frame.groupby("table")]
+    grids = [make(own) for own in models for make in (order_grid, variance_grid)]
+    grids = [grid for grid in grids if len(grid.frame)]
+    return Report(grids, (lambda: order_figure(frame)) if any(frame.random) else None, frame_of(material.runs))
+
+
+@kind
+def scale(material: Material) -> Report:
+    """The methods' differences to Wanda over the size of the model."""
+    return _compared(material, figures.scale_figure)
+
+
+@kind
 def calibration(material: Material) -> Report:
     """Perplexity by the number of calibration sequences, their draw and their source, model by model."""
     cells = cells_of(material.runs)
@@ -133,9 +151,13 @@ def pruning_time(material: Material) -> Report:
 def diagnostics(material: Material) -> Report:
     """Errors, overlaps and norms, block by block."""
     found = [run for run in material.runs if run.record and "diagnostics" in run.record]
-    measured = {model_words(run): run.record["diagnostics"] for run in found if run.record}
+    behind = {model_words(run): run for run in found}
+    measured = {model: run.record["diagnostics"] for model, run in behind.items() if run.record}
     facts = {"calibration": calibration_words(found[0]), "pattern": str(found[0].pattern)} if found else {}
-    grids = diagnostics_grids(measured, facts | facts_of(material.runs))
+    grids = [
+        replace(grid, runs=[[behind[model]] for model in grid.frame["Model"]])
+        for grid in diagnostics_grids(measured, facts | facts_of(material.runs))
+    ]
     return Report(grids, (lambda: diagnostics_figure(measured)) if measured else None, diagnostics_frame(measured))
 
 

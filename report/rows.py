@@ -9,7 +9,7 @@ import pandas as pd
 
 from dass.errors import DassError, told
 from dass.records import paths_in
-from report.grid import MISSING, Grid, grid_of, marked, number
+from report.grid import MISSING, Grid, grid_of, marked, number, recorded
 from report.runs import Run
 from report.tables import find, labels_of, paired_difference
 from report.words import facts_of, machine_words, model_words
@@ -103,7 +103,9 @@ def side_by_side(cells: pd.DataFrame) -> Grid:
     best = both.is_best[titles].eq(True).to_numpy().nonzero()
     names = pd.DataFrame({"Pattern": [str(key[0]) for key in both.index], "Method": [key[2] for key in both.index]})
     bold = frozenset((int(row), int(column) + 2) for row, column in zip(*best, strict=True))
-    return Grid("All models", names.join(texts.reset_index(drop=True)), legend=SIDE_BY_SIDE_LEGEND, bold=bold)
+    behind = recorded(cells.groupby(["pattern", "rank", "label"]).runs.sum())
+    frame = names.join(texts.reset_index(drop=True))
+    return Grid("All models", frame, legend=SIDE_BY_SIDE_LEGEND, bold=bold, runs=behind)
 
 
 def calibration_grid(cells: pd.DataFrame) -> Grid:
@@ -128,7 +130,8 @@ def calibration_grid(cells: pd.DataFrame) -> Grid:
     facts["sequence length"] = ", ".join(sorted(map(str, lengths)))
     facts["dense"] = number(dense.perplexity.mean(), ".2f")
     title = f"Perplexity of {facts['model']} by calibration set"
-    return Grid(title, pd.DataFrame(rows), facts | facts_of(runs, "machine"), CALIBRATION_LEGEND)
+    facts |= facts_of(runs, "machine")
+    return Grid(title, pd.DataFrame(rows), facts, CALIBRATION_LEGEND, runs=recorded(pruned.runs))
 
 
 def time_grid(table: pd.DataFrame) -> Grid:
@@ -194,7 +197,7 @@ def read_published(folder: Path) -> pd.DataFrame:
 
 def beside_published(cells: pd.DataFrame, published: pd.DataFrame) -> list[Grid]:
     """Our perplexity, found or missing, beside each published one of the same cell; no grid where there is none."""
-    rows = []
+    rows, behind = [], []
     for _, table in cells.groupby("table", sort=False):
         for theirs in published[published["model"] == table.model.iloc[0]].itertuples():
             cell = find(table, theirs.pattern, theirs.method, {})  # of several variants of it, the one as published
@@ -205,9 +208,13 @@ def beside_published(cells: pd.DataFrame, published: pd.DataFrame) -> list[Grid]
                 row["Published perplexity"] = f"{theirs.value:g}"
                 row["Ours: data, length, targets"] = f"{run.dataset}, {run.seq_len}, {run.setting.pruned or 'none'}"
                 row["Published: data, length, targets"] = f"{theirs.dataset}, {theirs.seq_len}, {theirs.targets}"
-                rows.append(row | {"Comparable": _comparable(theirs, run), "Source": theirs.source})
-    frame = pd.DataFrame(rows).drop_duplicates(ignore_index=True)
-    return [Grid("Beside published numbers", frame, legend=PUBLISHED_LEGEND, words=3)] if rows else []
+                others = differing(theirs, run)
+                row["Comparable"] = f"no: {', '.join(others)}" if others else "yes"
+                if (row := row | {"Source": theirs.source}) not in rows:
+                    rows.append(row)
+                    behind.append(cell.runs)
+    title, frame = "Beside published numbers", pd.DataFrame(rows)
+    return [Grid(title, frame, legend=PUBLISHED_LEGEND, words=3, runs=recorded(behind))] if rows else []
 
 
 def comparison(runs: list[Run], committed: list[Run]) -> Grid:
@@ -249,13 +256,12 @@ def _facts(table: pd.DataFrame, name: str) -> dict[str, str]:
     return {key: facts[key] for key in (name, "machine", "missing") if key in facts}
 
 
-def _comparable(theirs: Any, run: Run) -> str:
-    """Yes; or what differs between a published number (a row of `read_published`) and ours."""
-    differing = {
+def differing(theirs: Any, run: Run) -> list[str]:
+    """What forbids to compare a published number (a row of `read_published`) with ours; nothing: they are alike."""
+    found = {
         "data": DATASETS.get(run.dataset) != theirs.dataset,
         "sequence length": run.seq_len != theirs.seq_len,
         "targets": theirs.method != "dense" and run.setting.pruned != theirs.targets,
         "a part of the text": run.config["evaluation"].get("n_windows") is not None,
     }
-    words = [name for name, differs in differing.items() if differs]
-    return f"no: {', '.join(words)}" if words else "yes"
+    return [name for name, differs in found.items() if differs]

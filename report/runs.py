@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dass.errors import DassError, one_line, told
+from dass.fingerprint import hashed
 from dass.manifests import Manifest
 from dass.pruning.blocks import ROLES
 from dass.records import identity_of
@@ -102,7 +103,7 @@ class Run:
     @property
     def as_published(self) -> bool:
         """Whether its method is the published variant."""
-        return AS_PUBLISHED.get(self.method, {}).items() <= self.options.items()
+        return AS_PUBLISHED.get(self.method, {}).items() <= self.options.items() and "order" not in self.options
 
     @property
     def replicate(self) -> tuple[int, int, int, str]:
@@ -119,8 +120,16 @@ class Run:
 
     @property
     def depends_on_order(self) -> bool:
-        """Whether it has groups of N:M, which another order of the neurons would cut otherwise."""
-        return math.isfinite(self.pattern.smallness)
+        """Whether it has groups of N:M, cut in an order that is one of many: another would have cut them otherwise."""
+        return math.isfinite(self.pattern.smallness) and self.order in (RELEASED, RANDOM)
+
+    @property
+    def parameters(self) -> int | None:
+        """All of the model's parameters; told by the record of a pruned one."""
+        if self.record is None or not self.record["sparsity"]["total"]:
+            return None
+        sparsity = self.record["sparsity"]
+        return round(sum(one["zeros"] for one in sparsity["projections"].values()) / sparsity["total"])
 
     @property
     def accuracies(self) -> dict[str, dict[str, Any]]:
@@ -227,6 +236,7 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
     )
     identity: dict[str, Any] = {}
     found: dict[str, Any] = {}  # fields that only a record tells
+    method_identity = None
     if record is not None:
         identity = record["identity"]
         setting = setting._replace(
@@ -235,9 +245,10 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
             evaluation=identity["evaluation"] or "none",
         )
         if calibrates:  # draws of one text are replicates
-            text = {key: value for key, value in record["determinants"]["calibration"].items() if key != "seed"}
-            setting = setting._replace(calibration=identity_of(text))
+            text = _without("seed", record["determinants"]["calibration"])
+            setting = setting._replace(calibration=identity_of(hashed("calibration", text)))
         if not dense:
+            method_identity = f"{_method_identity(record, order)}, numerics {identity['numerics']}"
             found = {f"sparsity_{name}": record["sparsity"][name] for name in ("targeted", "linear")}
             found["pruning_seconds"] = record["stages"]["pruning"]["seconds"]
         for metric in record["metrics"]:
@@ -251,7 +262,7 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
         model=model["name"],
         setting=setting,
         model_identity=identity.get("model"),
-        method_identity=f"{identity['method']}, numerics {identity['numerics']}" if identity.get("method") else None,
+        method_identity=method_identity,
         calibrates=calibrates,
         method=method["name"],
         update=method.get("update"),
@@ -265,6 +276,21 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
         why=why,
         **{"dataset": evaluation["name"], "seq_len": evaluation["seq_len"]} | found,
     )
+
+
+def _method_identity(record: dict[str, Any], order: str) -> str:
+    """The identity of its method; the same for all orders of the neurons that are draws of one kind."""
+    method = record["determinants"].get("method")
+    if method is None or order not in (RELEASED, RANDOM):
+        return record["identity"]["method"]
+    return identity_of(hashed("method", _without("order", method)))
+
+
+def _without(name: str, tree: Any) -> Any:
+    """A tree without all keys of a name."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without(name, value) for key, value in tree.items() if key != name}
 
 
 def _alike(runs: list[Run]) -> list[Run]:

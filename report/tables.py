@@ -113,10 +113,12 @@ def labels_of(runs: list[Run]) -> dict[str, str]:
 def find(cells: pd.DataFrame, pattern: str, method: str, options: dict[str, Any]) -> Any:
     """The cell of a table with this method and all of these options, as a named tuple.
 
-    Of several that of the published variant. None if there is not one.
+    Of several that of the published variant; in a chosen order of the neurons only where `options` name it. None if
+    there is not one.
     """
     own = [cell for cell in cells.itertuples() if (str(cell.pattern), cell.method) == (pattern, method) and cell.runs]
-    own = [cell for cell in own if options.items() <= cell.runs[0].options.items()]
+    wanted = {"order": None} | options
+    own = [cell for cell in own if all(cell.runs[0].options.get(key) == value for key, value in wanted.items())]
     own = [cell for cell in own if len(own) == 1 or cell.runs[0].as_published]
     return own[0] if len(own) == 1 else None
 
@@ -192,7 +194,8 @@ def _measured(cells: pd.DataFrame) -> pd.DataFrame:
     cells["is_reference"], cells["delta"], cells["is_best"] = False, None, False
     for _, table in cells.groupby("table"):
         wanda = table[(table.method == "wanda") & table.runs.astype(bool)]
-        published = {row.label: row.runs[0].as_published for row in wanda.itertuples()}
+        drawn = [row for row in wanda.itertuples() if "order" not in row.runs[0].options]  # in no chosen order
+        published = {row.label: row.runs[0].as_published for row in drawn}
         candidates = [label for label, one in published.items() if one or len(published) == 1]
         for pattern, own in table.groupby("pattern"):
             is_reference = own.label.isin(candidates) & (len(candidates) == 1)

@@ -88,5 +88,9 @@ def _orders(runs: list[Run]) -> str:
 def _text(text: dict[str, Any], count: str, seq_len: int | None) -> str:
     """A calibration or evaluation with all that its config says."""
     counted = ("name", "n_sequences", "n_windows", "seq_len")
-    details = [f"{key}: {value}" for key, value in text.items() if key not in counted and value is not None]
+    details = [
+        f"{key}: {value}"
+        for key, value in text.items()
+        if key not in counted and value is not None and (key, value) != ("field", "text")
+    ]
     return f"{text['name']}, {count} × {seq_len or 'all'} tokens ({', '.join(details)})"
