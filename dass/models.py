@@ -1,10 +1,12 @@
 """Load a causal language model from the hub or a folder, and refuse what cannot be pruned."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -87,17 +89,7 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
     config = load_config(str(folder), None)
     require_supported(config)
     stored = stored_tensors(folder)
-    with _loading(source), _quiet():
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            device_map=None if device.type == "cpu" else {"": device},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told by name below
-        )
+    model, loading = from_folder(folder, config, source, dtype, None if device.type == "cpu" else {"": device})
     require_places(model, stored, loading, source)
     for name, parameter in model.named_parameters():
         if dtype == "float16" and not finite(parameter):
@@ -105,6 +97,24 @@ def load_model(source: str, revision: str | None, dtype: str, device: torch.devi
             raise DassError(f"The weights {name} of {source} {why}: choose model.dtype=bfloat16.", "model.dtype")
         require_finite(parameter, f"The weights {name} of {source}")
     return model.eval().requires_grad_(False)
+
+
+def from_folder(
+    folder: Path, config: Any, source: str, dtype: str, device_map: Any, offload_folder: Path | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """transformers' own loading, from a folder alone: the model, and what was missing or left over."""
+    with _loading(source), _quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map=device_map,
+            offload_folder=offload_folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by name afterwards
+        )
 
 
 def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
@@ -132,6 +142,15 @@ def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's kind, where nothing is said
     per_sequence = seq_len * (3 * width + 12 * config.hidden_size) * 4
     return 2 ** min(4, max(0, int(free / 4 / per_sequence).bit_length() - 1))
+
+
+def memory_needed(source: str, revision: str | None, dtype: str, device: torch.device) -> tuple[int, int]:
+    """Bytes of a model's weights, and a half more for what is made of them, of activations; and what is free."""
+    weights = stored_tensors(model_folder(source, revision)).values()
+    size = torch.empty(0, dtype=DTYPES[dtype]).element_size() * sum(math.prod(one.shape) for one in weights)
+    if device.type == "cuda":
+        return size + size // 2, torch.cuda.mem_get_info(device)[0]
+    return size + size // 2, psutil.virtual_memory().available
 
 
 def parameter_bytes(model: nn.Module) -> int:

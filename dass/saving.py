@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dass.errors import DassError, finite, first_line, told
 from dass.folders import SEAL, read_seal, seal, temporary_beside, whole_folder, write_seal
 from dass.models import DTYPES
 from dass.records import file_sha256, write_atomically
+from dass.streaming import Shelf
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
 BESIDE = [*hub.BESIDE, "additional_chat_templates/*.jinja"]
@@ -108,17 +110,29 @@ def round_to(model: PreTrainedModel, dtype: str) -> None:
 
     The dtype in which the model computes stays. DassError where a weight is too large for the other.
     """
+    rounded = rounding(model, dtype)
     for name, tensor, target in _stored(model, dtype):
-        if tensor.dtype != target and tensor.numel():
-            rounded = tensor.to(target)
-            if not finite(rounded):
-                raise DassError(
-                    f"The weights {name}, rounded to {dtype}, hold NaN or infinite values, its largest being "
-                    f"{torch.finfo(target).max:g}: set model.dtype=bfloat16, or let the update obs clip them with "
-                    f"method.clip=true.",
-                    field="model.dtype",
-                )
-            tensor.copy_(rounded)
+        if tensor.dtype != target and tensor.numel() and not tensor.is_meta:
+            tensor.copy_(rounded(name, tensor))
+
+
+def rounding(model: PreTrainedModel, dtype: str) -> Callable[[str, Tensor], Tensor]:
+    """From a weight, by its full name, to what `save_model` writes; DassError where it is too large for that."""
+    targets = {name: target for name, _, target in _stored(model, dtype)}
+
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        target = targets.get(name, tensor.dtype)
+        found = tensor.to(target)
+        if target != tensor.dtype and not finite(found):
+            raise DassError(
+                f"The weights {name}, rounded to {dtype}, hold NaN or infinite values, its largest being "
+                f"{torch.finfo(target).max:g}: set model.dtype=bfloat16, or let the update obs clip them with "
+                f"method.clip=true.",
+                field="model.dtype",
+            )
+        return found
+
+    return rounded
 
 
 def save_model(
@@ -130,7 +144,8 @@ def save_model(
     source: str | None = None,
     revision: str | None = None,
     tokenizer: Tokenizer | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
+    shelf: Shelf | None = None,
 ) -> dict[str, str]:
     """Write a normal transformers folder, whole or not at all; replaces one that we wrote and nobody changed.
 
@@ -141,6 +156,7 @@ def save_model(
         dtype: one of `DTYPES`, of the saved weights; what the model's class keeps in fp32 remains so.
         source, revision: the hub id or folder that the model comes from; its files beside the weights are copied.
         tokenizer: to be saved where the source has none.
+        shelf: of a model whose blocks lie on disk; a shard holds one of them.
 
     Returns:
         SHA-256 of the weight files by name.
@@ -154,8 +170,9 @@ def save_model(
         told(f"Cannot write the model to {folder}", "free space or choose another", *kinds, field="save_model"),
         whole_folder(folder, fingerprint) as new,
     ):
-        with _as_stored(model, dtype):
-            model.save_pretrained(new, max_shard_size=max_shard_size)
+        with _as_stored(model, dtype), _whole(model, dtype, shelf):
+            size = max_shard_size if shelf is None else shelf.block_bytes()
+            model.save_pretrained(new, max_shard_size=size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         _copy_beside(source, revision, new)
@@ -210,6 +227,17 @@ def _as_stored(model: PreTrainedModel, dtype: str) -> Iterator[None]:
         for tensor, computed in previous:
             tensor.data = tensor.data.to(computed)
         model.config.dtype = config_dtype
+
+
+@contextlib.contextmanager
+def _whole(model: PreTrainedModel, dtype: str, shelf: Shelf | None) -> Iterator[None]:
+    """The model as transformers can save it, wherever its blocks lie."""
+    if shelf is None:
+        yield
+        return
+    with warnings.catch_warnings(), shelf.dispatched({name: target for name, _, target in _stored(model, dtype)}):
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        yield
 
 
 def _beside(source: str, revision: str | None) -> Path | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dass.errors import DassError, one_line, told
 from dass.folders import temporary_beside
-from dass.pruning.blocks import Block, Projection, mlp_matrices
+from dass.pruning.blocks import Block, Hold, Projection, mlp_names, resident
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import AXES, NM, Mask, Unstructured, verify_mask
 from dass.pruning.order import move, reorder
@@ -27,42 +27,64 @@ ORDER = " order"
 """Behind the name of a projection: the order of the neurons under which its mask holds."""
 
 
-def sparsity_report(model: nn.Module, blocks: list[Block], targeted: list[Projection]) -> dict[str, Any]:
+def sparsity_report(
+    model: nn.Module, blocks: list[Block], targeted: list[Projection], hold: Hold = resident
+) -> dict[str, Any]:
     """Zeros counted in the weights themselves: per targeted projection, and in sum.
+
+    Args:
+        hold: has a block in memory while it is counted.
 
     Returns:
         `projections`: by name, `role`, `weights`, `zeros`, `sparsity`; and the share of zeros in the targeted
         projections (`targeted`), in all MLPs of the blocks (`mlp`), in all linear layers and experts but the head
         (`linear`), in all parameters (`total`).
     """
+    counted: dict[str, dict[str, Any]] = {}  # every parameter by its name
+    inside = {f"{block.name}.{name}": block for block in blocks for name, _ in block.module.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name not in inside:
+            counted[name] = _zeros(parameter)
+    found: dict[str, dict[str, Any]] = {}
+    for block in blocks:
+        with hold(block):
+            counted |= {f"{block.name}.{name}": _zeros(p) for name, p in block.module.named_parameters()}
+            own = {p.name for p in block.projections}
+            found |= {p.name: {"role": p.role, **_zeros(p.weight)} for p in targeted if p.name in own}
     wholes = {
-        "targeted": [p.weight for p in targeted],
-        "mlp": mlp_matrices(blocks),
-        "linear": linear_weights(model),
-        "total": list(model.parameters()),
+        "targeted": [found[p.name] for p in targeted],
+        "mlp": [counted[name] for name in mlp_names(blocks) if name in counted],
+        "linear": [counted[name] for name in linear_names(model) if name in counted],
+        "total": list(counted.values()),
     }
     return {
-        "projections": {p.name: {"role": p.role, **_zeros([p.weight])} for p in targeted},
-        **{name: _zeros(weights)["sparsity"] for name, weights in wholes.items()},
+        "projections": {p.name: found[p.name] for p in targeted},
+        **{key: _share(ones) for key, ones in wholes.items()},
     }
 
 
-def linear_weights(model: nn.Module) -> list[Tensor]:
+def linear_names(model: nn.Module) -> list[str]:
     """The weights of all linear layers and experts, wherever they are; not the embeddings, nor the head."""
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     return [
-        parameter
-        for module in model.modules()
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
         if not isinstance(module, nn.Embedding) and module is not get_head()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1 and not name.endswith("bias")
     ]
 
 
-def _zeros(matrices: list[Tensor]) -> dict[str, Any]:
-    weights = sum(matrix.numel() for matrix in matrices)
-    zeros = weights - sum(int(torch.count_nonzero(matrix)) for matrix in matrices)
+def _zeros(matrix: Tensor) -> dict[str, Any]:
+    weights = matrix.numel()
+    zeros = weights - int(torch.count_nonzero(matrix))
     return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights if weights else 0.0}
+
+
+def _share(counted: list[dict[str, Any]]) -> float:
+    """The share of zeros in several matrices together."""
+    weights = sum(one["weights"] for one in counted)
+    return sum(one["zeros"] for one in counted) / weights if weights else 0.0
 
 
 class PackedMasks:

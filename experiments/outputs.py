@@ -14,6 +14,7 @@ from dass.pruning.adaptive import AdaptivePruner
 from dass.records import file_sha256
 from dass.saving import model_card, save_model, source_licence, write_card
 from dass.sparsity import MASKS_FILE, PackedMasks
+from dass.streaming import Shelf
 from experiments.fingerprint import source_of
 from experiments.public import public_override
 from experiments.resolve import Plan
@@ -46,7 +47,7 @@ def is_written(plan: Plan, record: dict[str, Any]) -> bool:
     return path.is_file() and of_masks == file_sha256(path)
 
 
-def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[str, Any]) -> None:
+def save(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, masks: PackedMasks, record: dict[str, Any]) -> None:
     """Write the masks and the model where they are asked for, and their checksums into the record."""
     config = plan.config
     if config.masks is not None:
@@ -57,7 +58,7 @@ def save(plan: Plan, model: PreTrainedModel, masks: PackedMasks, record: dict[st
         source, revision = source_of(config.model), config.model.revision
         folder, dtype = destination(config.save_model, plan.run_id), resolve_dtype(config.model.dtype, source, revision)
         card = card_of(plan, source, record)
-        record["files"] |= save_model(model, folder, card, plan.run_id, dtype, source, revision)
+        record["files"] |= save_model(model, folder, card, plan.run_id, dtype, source, revision, shelf=shelf)
 
 
 def write_metrics(plan: Plan, source: str, record: dict[str, Any]) -> None:

@@ -5,8 +5,10 @@ python -m experiments.prune -m method=dense,magnitude,wanda,sparsegpt,dass spars
 python -m experiments.prune -m experiment=table1_perplexity scale=small
 """
 
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from dass.errors import DassError, told
 from dass.evaluation import door
 from dass.evaluation.zero_shot import hub_items
 from dass.folders import require_own_folder
-from dass.models import load_model, load_tokenizer, model_folder, resolve_dtype
+from dass.models import load_model, load_tokenizer, memory_needed, model_folder, resolve_dtype
 from dass.pruning.comparison import diagnostics
 from dass.records import (
     git_state,
@@ -38,6 +40,7 @@ from dass.records import (
 from dass.saving import round_to
 from dass.sparsity import require_own_masks
 from dass.stages import Stages, release_freed_memory
+from dass.streaming import Shelf, load_streamed
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import hub_text, source_of
@@ -107,8 +110,9 @@ def is_done(plan: Plan) -> bool:
 
 def run_and_record(plan: Plan, label: str) -> None:
     """Run, record what was measured, print the outcome in one line; then raise what saving or evaluating raised."""
-    with track(**vars(plan.config.tracking), run_id=plan.run_id, config=public(plan.composed)) as mirror:
-        record, problems = run(plan, mirror.log)
+    tracked = track(**vars(plan.config.tracking), run_id=plan.run_id, config=public(plan.composed))
+    with tracked as mirror, scratch_folder(plan) as scratch:
+        record, problems = run(plan, mirror.log, scratch)
         path = write_record(Path(plan.config.results_dir), record)
         log_record(mirror, record)
         values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
@@ -119,8 +123,11 @@ def run_and_record(plan: Plan, label: str) -> None:
             raise problems[0]
 
 
-def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
+def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Exception]]:
     """Do all the stages of a run; texts are checked before the model is loaded, the model saved before it is scored.
+
+    Args:
+        scratch: a folder that may be made, for the blocks of a model that does not fit the memory.
 
     Returns:
         The record, and what went wrong in saving or evaluating: neither loses the other.
@@ -142,7 +149,7 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
     evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
     tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
-        model = load_model(source, revision, plan.dtype, plan.device)
+        model, shelf = load(plan, source, scratch)
         require_unchanged(plan)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", evaluation.windows)):
@@ -153,7 +160,7 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
     if plan.pruners:
         with stages.measure("pruning"):
-            walked = prune(plan, model, calibration, log)
+            walked = prune(plan, model, shelf, calibration, log)
         calibration = None
         release_freed_memory()
         # what is scored is what is saved, in the source's own dtype
@@ -169,7 +176,7 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
         "versions": package_versions(),
         "machine": machine_description(plan.device),
         "stages": stages.as_dict(),
-        "sparsity": counted(plan, model, walked),
+        "sparsity": counted(plan, model, shelf, walked),
         "metrics": [],
         "windows": [],
         "files": {},
@@ -181,15 +188,46 @@ def run(plan: Plan, log: Log) -> tuple[dict[str, Any], list[Exception]]:
         record["experts"] = walked.rare
     if plan.compares:
         record["diagnostics"] = diagnostics(walked.measured)
-    problems = attempt(record, "save", partial(save, plan, model, walked.masks, record))
+    problems = attempt(record, "save", partial(save, plan, model, shelf, walked.masks, record))
     if config.evaluation.name != "none":
         with stages.measure("evaluation"):
-            problems += attempt(record, "evaluation", partial(score, evaluation, model, config.batch_size, record))
+            problems += attempt(
+                record, "evaluation", partial(score, evaluation, model, shelf, config.batch_size, record)
+            )
         record["stages"] = stages.as_dict()
         if config.save_model is not None and not record["failed"]:
             problems += attempt(record, "save", partial(write_metrics, plan, source, record))
     require_unchanged(plan)
     return record, problems
+
+
+@contextmanager
+def scratch_folder(plan: Plan) -> Iterator[Path]:
+    """Where a run may put what is too large for the memory; nothing is left of it, nor of a run that was killed."""
+    folder = Path(plan.config.results_dir) / f".{plan.run_id}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(plan: Plan, source: str, scratch: Path) -> tuple[PreTrainedModel, Shelf | None]:
+    """The model, whole or with its blocks on a shelf, as `memory` says or where it does not fit."""
+    given = (source, plan.config.model.revision, plan.dtype, plan.device)
+    streams = plan.config.memory == "stream"
+    if plan.config.memory == "auto":
+        needed, free = memory_needed(*given)
+        streams = needed > free
+        if streams:
+            print(
+                f"note: the model needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: its blocks are "
+                f"brought from disk one at a time (memory=resident keeps it whole)",
+                file=sys.stderr,
+            )
+    if streams:
+        return load_streamed(*given, scratch, plan.config.model.projections)
+    return load_model(*given), None
 
 
 def require_unchanged(plan: Plan) -> None:
@@ -222,9 +260,16 @@ def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list
     return []
 
 
-def score(evaluation: door.Evaluation, model: PreTrainedModel, batch_size: int | None, record: dict[str, Any]) -> None:
+def score(
+    evaluation: door.Evaluation,
+    model: PreTrainedModel,
+    shelf: Shelf | None,
+    batch_size: int | None,
+    record: dict[str, Any],
+) -> None:
     """Evaluate the model, and put the metrics into the record."""
-    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size)
+    hold = None if shelf is None else shelf.hold
+    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size, hold)
 
 
 if __name__ == "__main__":

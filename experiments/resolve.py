@@ -19,6 +19,7 @@ from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibrati
 from experiments.methods import Pruner, pruners_of
 from experiments.schema import PruneConfig
 
+MEMORY = ("auto", "resident", "stream")
 MODEL_SOURCES = ("packaged", "trained", "hub_id", "path")
 
 
@@ -93,6 +94,7 @@ def check(config: DictConfig) -> Plan:
         (known_words, "model.projections must be {gate: REGEX, up: REGEX, down: REGEX, dense: REGEX}."),
         (0 <= plain.seed < 2**63, f"seed={plain.seed} must be between 0 and 2^63 - 1."),
         (size is None or size >= 1, f"batch_size={size} must be at least 1, or null for one that fits the memory."),
+        (plain.memory in MEMORY, f"memory={plain.memory} is unknown: choose {', '.join(MEMORY)}."),
         (experts is None or experts >= 1, f"calibration.min_expert_tokens={experts} must be at least 1."),
         (not (plan.compares and writes), f"{writes} has nothing to write where methods are only compared: choose one."),
         (plan.pruners or plain.masks is None, "masks=DIR has nothing to write for the dense model: choose a method."),

@@ -103,6 +103,7 @@ class PruneConfig:
     exclude: str | None = None
     seed: int = 0
     device: str = "auto"
+    memory: str = "auto"
     batch_size: int | None = None
     results_dir: str = "results/runs"
     save_model: str | None = None

@@ -16,8 +16,8 @@ from experiments.public import public, public_override, public_text
 from experiments.resolve import check
 from report.kinds import find_kind
 
-ROUTINE = {"experiment", "scale", "results_dir", "tracking", "device", "batch_size", "save_model", "masks", "rerun"}
-ROUTINE |= {"debug", "hydra"}
+ROUTINE = {"experiment", "scale", "results_dir", "tracking", "device", "memory", "batch_size", "save_model", "masks"}
+ROUTINE |= {"rerun", "debug", "hydra"}
 """Settings that change nothing of what a sweep is."""
 KEPT = ("model", "method", "sparsity", "calibration", "evaluation", "targets", "exclude", "seed")
 """The parts of a config that say what a run was to do."""

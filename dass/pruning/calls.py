@@ -1,7 +1,7 @@
 """How a model calls its blocks, and what enters the first: recorded in one run of the model with stubs for blocks."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
-from dass.pruning.blocks import Block
+from dass.pruning.blocks import Block, Hold
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,42 @@ class Activations:
     """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
     calls: list[list[Call]] = field(default_factory=list)
     """For each batch, the call of every block; batches in a row that the model calls alike share them."""
+    tail: tuple[Any, ...] | None = None
+    """What else a block returns beside the hidden states; None where it returns them alone."""
+
+    def returned(self, hidden: Tensor) -> Any:
+        """What a block returns that gives these hidden states."""
+        return hidden if self.tail is None else (hidden, *self.tail)
 
 
-def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Tensor, batch_size: int) -> Activations:
+def enter_first_block(model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor]) -> Activations:
     """Embed all sequences and record how the model calls each block; only the first block runs, once.
 
     In place of the others stands a stub that hands its input on, so this costs next to nothing.
 
     Args:
-        input_ids: `(n_sequences, seq_len)` int64.
+        inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device.
     """
     activations = Activations()
-    tail: tuple[Any, ...] | None = None
-    wraps = False
+    ran = False
 
     def stub(index: int, calls: list[Call]) -> Callable[..., Any]:
         original = blocks[index].module.forward
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal tail, wraps
+            nonlocal ran
             hidden, rest = (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
             calls.append(Call(rest, keywords))
             if index == 0:
                 activations.batches.append(hidden)
-            if tail is None:  # whether blocks return tuples, and what else is in them, only a real run can tell
-                output = original(hidden, *rest, **keywords)
-                wraps = isinstance(output, tuple | list)
-                tail = tuple(output[1:]) if wraps else ()
-            return (hidden, *tail) if wraps else hidden
+            if not ran:  # whether blocks return tuples, and what else is in them, only a real run can tell
+                output, ran = original(hidden, *rest, **keywords), True
+                activations.tail = tuple(output[1:]) if isinstance(output, tuple | list) else None
+            return activations.returned(hidden)
 
         return forward
 
-    for batch in input_ids.to(model.device).split(batch_size):
+    for batch in inputs:
         calls: list[Call] = []
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
@@ -79,6 +83,37 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], input_ids: Te
         before = activations.calls[-1] if activations.calls else calls
         activations.calls.append(before if _alike(before, calls) else calls)
     return activations
+
+
+def block_by_block(
+    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor], hold: Hold
+) -> Iterator[AbstractContextManager[None]]:
+    """Run all batches through one block after the other, so that each block is in memory once.
+
+    Yields:
+        For each batch a context in which the model's forward on it hands over what the blocks have given.
+    """
+    with hold(blocks[0]):
+        activations = enter_first_block(model, blocks, inputs)
+    for index, block in enumerate(blocks):
+        with hold(block):
+            for i, hidden in enumerate(activations.batches):
+                activations.batches[i] = activations.calls[i][index](block, hidden)
+    for i in range(len(activations.batches)):
+        yield _handing_over(blocks, activations, i)
+
+
+@contextmanager
+def _handing_over(blocks: list[Block], activations: Activations, i: int) -> Iterator[None]:
+    """No block computes: whatever enters the first, the last gives what is to be known of batch `i`."""
+
+    def hand_over(*_: Any, **__: Any) -> Any:
+        return activations.returned(activations.batches[i])
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(replaced_forward(block.module, hand_over))
+        yield
 
 
 def _alike(one: list[Call], other: list[Call]) -> bool:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.pruning.adaptive import AdaptivePruner, Outputs
-from dass.pruning.blocks import Block, Projection, Unit
+from dass.pruning.blocks import Block, Hold, Projection, Unit, resident
 from dass.pruning.calls import Activations, Call, enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
@@ -55,6 +55,7 @@ def walk(
     batch_size: int = 1,
     min_expert_tokens: int | None = None,
     projections: Mapping[str, str] | None = None,
+    hold: Hold = resident,
 ) -> Iterator[Step]:
     """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
 
@@ -66,6 +67,7 @@ def walk(
         min_expert_tokens: an expert that saw fewer is judged by all tokens of the block, run through it; None: see
             `EXPERT_TOKENS`.
         projections: see `find_blocks`.
+        hold: has a block in memory from before its statistics until its outputs were made, pruned.
 
     Raises:
         DassError: unknown layout, missing calibration, activations that are not finite.
@@ -75,27 +77,43 @@ def walk(
     if wanted and input_ids is None:
         raise DassError("This method needs calibration tokens: choose a calibration.", field="calibration")
     with eager_experts(model):
-        activations = enter_first_block(model, blocks, input_ids, batch_size) if wanted else None
+        activations = None
+        if wanted and input_ids is not None:
+            with hold(blocks[0]):
+                activations = enter_first_block(model, blocks, input_ids.to(model.device).split(batch_size))
         for index, block in enumerate(blocks):
-            streams = open_streams(block, needs(block))
-            rare: dict[str, int] = {}
-            mixed = None
-            if activations is not None and streams:
-                # where attention is to be pruned, its dense outputs are of no use later
-                mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
-                mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
-                rare = _require_enough_tokens(block, streams, activations, min_expert_tokens)
-                for unit in block.units:
-                    if unit.name in rare:
-                        streams |= _through_one(block, unit, streams, _each(activations, index), mixer, mixed)
-            before = _versions(block.mixer)
-            yield Step(index, block, streams, rare, partial(_outputs, activations, index, block, mixed))
-            if activations is not None and index + 1 < len(blocks):
-                replayed = mixed if _versions(block.mixer) == before else None
-                for i, hidden in enumerate(_outputs(activations, index, block, replayed)):
-                    activations.batches[i] = hidden
-                    if replayed is not None:
-                        replayed[i] = None
+            with hold(block):
+                yield from _visit(index, block, needs(block), activations, min_expert_tokens, index + 1 < len(blocks))
+
+
+def _visit(
+    index: int,
+    block: Block,
+    needs: Needs,
+    activations: Activations | None,
+    min_expert_tokens: int | None,
+    is_followed: bool,
+) -> Iterator[Step]:
+    """One block of the walk; `is_followed`: another one needs its outputs, which replace the activations."""
+    streams = open_streams(block, needs)
+    rare: dict[str, int] = {}
+    mixed = None
+    if activations is not None and streams:
+        # where attention is to be pruned, its dense outputs are of no use later
+        mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
+        mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
+        rare = _require_enough_tokens(block, streams, activations, min_expert_tokens)
+        for unit in block.units:
+            if unit.name in rare:
+                streams |= _through_one(block, unit, streams, _each(activations, index), mixer, mixed)
+    before = _versions(block.mixer)
+    yield Step(index, block, streams, rare, partial(_outputs, activations, index, block, mixed))
+    if activations is not None and is_followed:
+        replayed = mixed if _versions(block.mixer) == before else None
+        for i, hidden in enumerate(_outputs(activations, index, block, replayed)):
+            activations.batches[i] = hidden
+            if replayed is not None:
+                replayed[i] = None
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def test_the_intermediate_norm_is_that_of_h():
     pruner = BlockPruner(Method("dass", dict.fromkeys(("gate", "up"), "out"), NM(2, 4)))
     streams = open_streams(blocks[0], pruner.needs(blocks[0]))
     assert set(streams) == {"intermediate"}
-    activations = enter_first_block(model, blocks, input_ids, 2)
+    activations = enter_first_block(model, blocks, input_ids.split(2))
     for hidden, calls in zip(activations.batches, activations.calls, strict=True):
         observe(blocks[0], None, streams, hidden, calls[0])
     seen = []

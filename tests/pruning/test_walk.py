@@ -89,7 +89,7 @@ def test_every_block_is_called_as_the_model_calls_it(architecture):
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        activations = enter_first_block(model, blocks, input_ids, batch_size=2)
+        activations = enter_first_block(model, blocks, input_ids.split(2))
     (calls,) = activations.calls
     assert len(calls) == len(seen) == 3
     for call, (arguments, keywords) in zip(calls, seen, strict=True):
@@ -139,9 +139,9 @@ def test_arguments_that_depend_on_the_tokens():
     naive(expected, input_ids, "wanda", ALONG_INPUTS)
     for a, b in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert len(set(map(id, enter_first_block(model, find_blocks(model), input_ids, 1).calls))) == len(input_ids)
+    assert len(set(map(id, enter_first_block(model, find_blocks(model), input_ids.split(1)).calls))) == len(input_ids)
     del model.model.rotary_emb.forward
-    assert len(set(map(id, enter_first_block(model, find_blocks(model), input_ids, 1).calls))) == 1
+    assert len(set(map(id, enter_first_block(model, find_blocks(model), input_ids.split(1)).calls))) == 1
 
 
 def test_statistics_that_miss_tokens_are_no_statistics():

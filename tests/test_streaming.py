@@ -1,0 +1,138 @@
+"""Models whose blocks lie on disk: the same masks, weights, losses and saved files as of models in memory."""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dass.errors import DassError
+from dass.evaluation.perplexity import perplexity
+from dass.models import load_model
+from dass import NM, BlockPruner, Method
+from dass.pruning.layout import find_blocks
+from dass.pruning.walk import walk
+from dass.saving import round_to, rounding, save_model
+from dass.sparsity import sparsity_report
+from dass.streaming import load_streamed
+from tests.experiments.test_prune import command, records, setting  # noqa: F401  (a fixture)
+from tests.models import LAYOUTS, random_tokens, tiny_model
+
+CPU = torch.device("cpu")
+METHODS = {
+    "dass": Method("dass", {"gate": "out", "up": "out", "down": "in"}, NM(2, 4)),
+    "sparsegpt": Method("obs", {"gate": "in", "up": "in", "down": "in"}, NM(2, 4), "obs"),
+}
+
+
+def loaded(folder, scratch, dtype="float32"):
+    """A model in memory, and the same on disk."""
+    whole = load_model(str(folder), None, dtype, CPU)
+    return whole, *load_streamed(str(folder), None, dtype, CPU, scratch)
+
+
+def pruned(model, method, tokens, hold=None):
+    """Masks and sparsity by a walk."""
+    pruner, masks = BlockPruner(method), {}
+    more = {} if hold is None else {"hold": hold}
+    for step in walk(model, tokens, pruner.needs, 2, min_expert_tokens=1, **more):
+        masks |= {one.projection.name: one.mask.keep for one in pruner.prune(step.block, step.streams, step.outputs)}
+    return masks
+
+
+@pytest.mark.parametrize(
+    ("layout", "method"),
+    [*((layout, "dass") for layout in ("gemma3", *LAYOUTS)), ("llama", "sparsegpt"), ("mixtral", "sparsegpt")],
+)
+def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method):
+    torch.manual_seed(0)
+    tiny_model(layout).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    whole, streamed, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    tokens, windows = random_tokens(4, 24), random_tokens(3, 16, seed=1).split(2)
+    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf.hold).losses
+    expected = pruned(whole, METHODS[method], tokens)
+    stored = rounding(streamed, "bfloat16")
+    found = pruned(streamed, METHODS[method], tokens, lambda block: shelf.change(block, stored))
+    assert expected.keys() == found.keys() and all(torch.equal(mask, found[name]) for name, mask in expected.items())
+    for model in (whole, streamed):
+        round_to(model, "bfloat16")
+    assert all(p.is_meta for block in shelf.blocks for p in block.module.parameters())
+    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf.hold).losses
+    targeted = [[p for block in find_blocks(model) for p in block.projections] for model in (whole, streamed)]
+    assert sparsity_report(whole, find_blocks(whole), targeted[0]) == sparsity_report(
+        streamed, find_blocks(streamed), targeted[1], shelf.hold
+    )
+    save_model(whole, tmp_path / "whole", "# a card", "abc123", "bfloat16")
+    save_model(streamed, tmp_path / "streamed", "# a card", "abc123", "bfloat16", shelf=shelf)
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("streamed", "whole")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], weight) and ours[name].dtype == weight.dtype for name, weight in theirs.items())
+    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf.hold).losses  # after saving, too
+
+
+def test_a_block_that_an_error_interrupts_stays_as_it_was(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    _, _, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    with pytest.raises(ZeroDivisionError), shelf.change(shelf.blocks[0], lambda name, tensor: tensor):
+        next(shelf.blocks[0].module.parameters()).zero_()
+        raise ZeroDivisionError
+    assert not list((tmp_path / "scratch").glob("*.safetensors"))
+    with shelf.hold(shelf.blocks[0]):
+        assert next(shelf.blocks[0].module.parameters()).any()
+
+
+def test_the_source_is_never_written(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    before = file.read_bytes()
+    _, _, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    with shelf.hold(shelf.blocks[0]):
+        next(shelf.blocks[0].module.parameters()).zero_()
+    assert file.read_bytes() == before
+
+
+def test_weights_that_are_no_numbers_are_told_when_they_are_read(tmp_path):
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    _, shelf = load_streamed(str(tmp_path / "model"), None, "float32", CPU, tmp_path / "scratch")
+    with shelf.hold(shelf.blocks[0]):
+        pass
+    with pytest.raises(DassError, match=r"layers\.1\.mlp\.up_proj\.weight"), shelf.hold(shelf.blocks[1]):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    _, _, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    (tmp_path / "scratch").mkdir(mode=0o500)
+    with pytest.raises(DassError, match="Cannot write"), shelf.change(shelf.blocks[0], lambda name, tensor: tensor):
+        pass
+
+
+def test_a_run_is_the_same_however_the_model_lies(setting, tmp_path):  # noqa: F811
+    found = {}
+    for memory in ("resident", "stream"):
+        more = [f"memory={memory}", f"save_model={tmp_path / memory}", f"results_dir={tmp_path / 'runs'}", "rerun=true"]
+        done = command(*setting, "method=sparsegpt", *more)
+        assert done.returncode == 0, done.stderr
+        (record,) = records(tmp_path)
+        found[memory] = {key: record[key] for key in ("id", "windows", "metrics", "sparsity")}
+        assert [path.suffix for path in (tmp_path / "runs").iterdir() if path.is_file()] == [".json"]
+        assert not [path for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")]
+    assert found["resident"] == found["stream"]
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / memory).state_dict() for memory in found)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_that_does_not_fit_is_streamed_and_this_is_said(setting, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from experiments import prune
+    from tests.experiments.test_prune import run
+
+    monkeypatch.setattr(prune, "memory_needed", lambda *_: (3_000_000_000, 2_000_000_000))
+    run(*setting, "method=wanda")
+    assert "needs 3.0 GB of 2.0 GB" in capsys.readouterr().err
+    assert records(tmp_path)[0]["sparsity"]["targeted"] == 0.5
