@@ -9,7 +9,7 @@ EXPERIMENTS := table1 table-glu-variants table-zero-shot ablation-alpha ablation
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pins reproduce $(EXPERIMENTS) table-scale experiments tables site train-tiny test \
-	test-slow lint format benchmark benchmark-gpu
+	test-slow lint format benchmark benchmark-memory benchmark-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-21s %s\n", $$1, $$2}'
@@ -22,10 +22,11 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $(READY)
 
-pins: ## pin every package anew from requirements.in, with uv
-	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --output-file constraints.txt requirements.in
-	@{ echo '# Made by `make pins`: uv pip compile --universal --python-version 3.11 requirements.in, without what only a'; \
-		echo '# CUDA build of torch brings; that is pinned by constraints.txt, and so asked for by nobody on a CPU.'; \
+pins: ## pin what pyproject.toml asks for, with uv; what is pinned stays, unless UPGRADE=--upgrade
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --extra dev --extra slurm $(UPGRADE) \
+		--output-file constraints.txt pyproject.toml
+	@{ echo '# Made by `make pins`: what pyproject.toml asks for with its extras dev and slurm, without what only a CUDA'; \
+		echo '# build of torch brings; that is pinned by constraints.txt, and so asked for by nobody on a CPU.'; \
 		echo '--constraint constraints.txt'; grep -vE '$(CUDA)' constraints.txt; } > requirements.txt
 
 reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a table and a figure in outputs/reproduce
@@ -86,6 +87,9 @@ format: $(READY) ## let ruff mend and format
 
 benchmark: $(READY) ## ratios to the forward work and to the reference's walk, into results/benchmark.md
 	$(BIN)/python -m benchmarks.walk
+
+benchmark-memory: $(READY) ## peak memory of models that are streamed from disk, into results/benchmark_memory.md
+	$(BIN)/python -m benchmarks.memory
 
 benchmark-gpu: $(READY) ## the same on a GPU with a random model of LLaMA2-7B's shape, into results/benchmark_gpu.md
 	$(BIN)/python -m benchmarks.walk --gpu

@@ -42,6 +42,10 @@ class Stages:
             "peak_gpu_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None,
         }
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that an earlier process spent on a stage."""
+        self._measured[name]["seconds"] = round((self._measured[name]["seconds"] or 0.0) + seconds, 3)
+
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
         return dict(self._measured)

@@ -53,7 +53,9 @@ class Shelf:
         else:
             found = self._reader.submit(self._read, block)
         tensors, found, self._next = found.result(), None, None  # type: ignore[assignment]
-        following = [other for before, other in zip(self.blocks, self.blocks[1:], strict=False) if before is block]
+        following = [
+            other for before, other in zip(self.blocks, self.blocks[1:], strict=False) if before.name == block.name
+        ]
         if following:
             self._next = following[0].name, self._reader.submit(self._read, following[0])
         for name in list(tensors):
@@ -76,8 +78,7 @@ class Shelf:
                 kept = {name: stored(name, tensor).contiguous().cpu() for name, tensor in tensors.items()}
                 save_file(kept, path.with_suffix(".partial"))
                 os.replace(path.with_suffix(".partial"), path)
-            for name in kept:
-                self.index[name] |= {"safetensors_file": str(path), "weight_name": name}
+        self.adopt(block, path)
 
     @contextmanager
     def dispatched(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
@@ -89,6 +90,12 @@ class Shelf:
             yield
         finally:
             remove_hook_from_module(self.model, recurse=True)
+
+    def adopt(self, block: Block, path: Path) -> None:
+        """Take a block from a file that `change` wrote, in another process."""
+        for name, _ in block.module.named_parameters():
+            full = f"{block.name}.{name}"
+            self.index[full] |= {"safetensors_file": str(path), "weight_name": full}
 
     def block_bytes(self) -> int:
         """The size of the largest block in memory, bytes."""

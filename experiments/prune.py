@@ -37,6 +37,7 @@ from dass.records import (
     require_writable,
     write_record,
 )
+from dass.resume import LOSSES, STATE, Kept
 from dass.saving import round_to
 from dass.sparsity import require_own_masks
 from dass.stages import Stages, release_freed_memory
@@ -127,7 +128,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     """Do all the stages of a run; texts are checked before the model is loaded, the model saved before it is scored.
 
     Args:
-        scratch: a folder that may be made, for the blocks of a model that does not fit the memory.
+        scratch: a folder that may be made, for what a killed run goes on from, and blocks that do not fit the memory.
 
     Returns:
         The record, and what went wrong in saving or evaluating: neither loses the other.
@@ -157,10 +158,13 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             require_in_vocabulary(tokens, vocabulary, what)
             require_positions(model, tokens.shape[1], what)
 
+    kept = Kept(scratch)
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
     if plan.pruners:
         with stages.measure("pruning"):
-            walked = prune(plan, model, shelf, calibration, log)
+            walked = prune(plan, model, shelf, kept, calibration, log)
+        if kept.state is not None:
+            stages.add("pruning", kept.state.seconds)
         calibration = None
         release_freed_memory()
         # what is scored is what is saved, in the source's own dtype
@@ -192,7 +196,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     if config.evaluation.name != "none":
         with stages.measure("evaluation"):
             problems += attempt(
-                record, "evaluation", partial(score, evaluation, model, shelf, config.batch_size, record)
+                record, "evaluation", partial(score, evaluation, model, shelf, kept, config.batch_size, record)
             )
         record["stages"] = stages.as_dict()
         if config.save_model is not None and not record["failed"]:
@@ -203,13 +207,25 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
 
 @contextmanager
 def scratch_folder(plan: Plan) -> Iterator[Path]:
-    """Where a run may put what is too large for the memory; nothing is left of it, nor of a run that was killed."""
-    folder = Path(plan.config.results_dir) / f".{plan.run_id}"
-    shutil.rmtree(folder, ignore_errors=True)
+    """Where a run keeps what it goes on from if it is killed, and what is too large for the memory.
+
+    It goes when the run is done, or fails as it would again; so do those of runs that are done by now.
+    """
+    results = Path(plan.config.results_dir)
+    for other in results.glob(".*"):
+        if record_path(results, other.name[1:]).is_file() and other.name[1:] != plan.run_id:
+            shutil.rmtree(other, ignore_errors=True)
+    folder = results / f".{plan.run_id}"
     try:
         yield folder
-    finally:
+    except (SystemExit, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        if not any((folder / name).is_file() for name in (STATE, LOSSES)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(plan: Plan, source: str, scratch: Path) -> tuple[PreTrainedModel, Shelf | None]:
@@ -264,12 +280,13 @@ def score(
     evaluation: door.Evaluation,
     model: PreTrainedModel,
     shelf: Shelf | None,
+    kept: Kept,
     batch_size: int | None,
     record: dict[str, Any],
 ) -> None:
     """Evaluate the model, and put the metrics into the record."""
     hold = None if shelf is None else shelf.hold
-    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size, hold)
+    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size, hold, kept)
 
 
 if __name__ == "__main__":

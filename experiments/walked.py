@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from dass.errors import DassError
 from dass.models import DTYPES, batch_size_for, resolve_dtype
 from dass.progress import progress, say
-from dass.pruning.blocks import MLP_ROLES, ROLES, Block, Hold, resident
+from dass.pruning.blocks import MLP_ROLES, ROLES, Block, resident
 from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs
 from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import Pruned
 from dass.pruning.walk import Step, walk
+from dass.resume import Kept
 from dass.saving import rounding
 from dass.sparsity import PackedMasks, sparsity_report
 from dass.streaming import Shelf
@@ -53,9 +54,9 @@ def counted(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, walked: Wal
 
 @torch.no_grad()
 def prune(
-    plan: Plan, model: PreTrainedModel, shelf: Shelf | None, calibration: torch.Tensor | None, log: Log
+    plan: Plan, model: PreTrainedModel, shelf: Shelf | None, kept: Kept, calibration: torch.Tensor | None, log: Log
 ) -> Walked:
-    """Prune the model in place, or on its shelf; or compare methods on each of its blocks."""
+    """Prune the model in place, or on its shelf, from where an earlier run was killed; or compare methods."""
     config, source = plan.config, source_of(plan.config.model)
     stored = DTYPES[resolve_dtype(config.model.dtype, source, config.model.revision)]
     pruners = [pruner.storing(stored) for pruner in plan.pruners.values()]
@@ -68,10 +69,19 @@ def prune(
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
     walked = Walked(batch_size=size)
     needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
+    start = _goes_on(walked, blocks, shelf, kept)
     bar = progress(None, "pruning", "block", len(blocks))
+    bar.update(start[0])
+    writes = rounding(model, str(stored).removeprefix("torch."))
+
+    def done(index: int, batches: list[torch.Tensor]) -> None:
+        if not plan.compares:
+            kept.keep(index, blocks, partial(_tensors, walked, batches), partial(_facts, walked), writes)
+
     before = time.perf_counter()
     rare, projections = config.calibration.min_expert_tokens, config.model.projections
-    for step in walk(model, calibration, needs, size, rare, projections, _hold(plan, model, shelf)):
+    hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=writes)
+    for step in walk(model, calibration, needs, size, rare, projections, hold, start, done):
         pruned: list[Pruned] = []
         if plan.compares:
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs))
@@ -92,14 +102,37 @@ def prune(
     return walked
 
 
-def _hold(plan: Plan, model: PreTrainedModel, shelf: Shelf | None) -> Hold:
-    """How the walk has a block in memory; what it changes is written as it will be scored."""
-    if shelf is None:
-        return resident
-    if plan.compares:
-        return shelf.hold
-    dtype = resolve_dtype(plan.config.model.dtype, source_of(plan.config.model), plan.config.model.revision)
-    return partial(shelf.change, stored=rounding(model, dtype))
+def _facts(walked: Walked) -> dict[str, Any]:
+    """What a run that goes on must know of the blocks that are finished, beside tensors."""
+    return {"batch_size": walked.batch_size, "projections": walked.projections, "rare": walked.rare} | {
+        "masks": walked.masks.about
+    }
+
+
+def _tensors(walked: Walked, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the same: what enters the next block, and masks."""
+    found = {f"batch {i}": batch for i, batch in enumerate(batches)}
+    return found | {f"mask {name}": bits for name, bits in walked.masks.bits.items()}
+
+
+def _goes_on(walked: Walked, blocks: list[Block], shelf: Shelf | None, kept: Kept) -> tuple[int, list[torch.Tensor]]:
+    """Bring back what an earlier run has finished; returns the index of the next block, and what enters it."""
+    state = kept.state
+    if state is not None and state.facts["batch_size"] != walked.batch_size:
+        kept.forget()
+    if (state := kept.state) is None:
+        return 0, []
+    tensors = kept.tensors(state)
+    walked.projections, walked.rare = state.facts["projections"], state.facts["rare"]
+    walked.masks.about = state.facts["masks"]
+    walked.masks.bits = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("mask ")}
+    for block in blocks[: state.next]:
+        if shelf is None:
+            kept.restore(block)
+        else:
+            shelf.adopt(block, kept.path_of(block))
+    print(f"note: goes on behind block {state.next} of {len(blocks)}, where it was stopped", file=sys.stderr)
+    return state.next, [tensors[f"batch {i}"] for i in range(sum(name.startswith("batch ") for name in tensors))]
 
 
 def require_excluded(plan: Plan, blocks: list[Block]) -> None:

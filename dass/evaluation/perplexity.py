@@ -5,9 +5,10 @@ perplexity = exp(mean over windows of the window's mean loss), loss in nats over
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from dass.pruning.blocks import Hold
 from dass.pruning.calls import block_by_block
 from dass.pruning.layout import find_blocks
 from dass.stages import release_freed_memory
+
+
+def ignored(losses: list[float]) -> None:
+    """Nobody is told."""
+
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the chunk of logits that exists at a time: 64 MB in fp32."""
@@ -84,11 +90,19 @@ def evaluation_windows(
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, batches: Sequence[Tensor], hold: Hold | None = None) -> Perplexity:
+def perplexity(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    hold: Hold | None = None,
+    known: Sequence[float] = (),
+    done: Callable[[list[float]], None] = ignored,
+) -> Perplexity:
     """Perplexity of a causal language model over batches of windows, `(batch, seq_len)` int64 each.
 
     Args:
         hold: has a block in memory, of a model whose blocks are not; all windows go through one after the other.
+        known: losses of the first windows, as an earlier call on the same batches had them.
+        done: is told of all losses so far, after each batch.
 
     Raises:
         DassError: a loss is not finite, or there is no window.
@@ -96,13 +110,19 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Tensor], hold: Hold | N
     if not batches:
         raise DassError("There is no window to evaluate: give more text.")
     losses: list[float] = []
-    inputs = [batch.to(model.device) for batch in batches]
-    prepared = (
-        iter([nullcontext()] * len(inputs)) if hold is None else block_by_block(model, find_blocks(model), inputs, hold)
+    waiting = list(batches)
+    while waiting and len(losses) + len(waiting[0]) <= len(known):
+        losses += known[len(losses) : len(losses) + len(waiting.pop(0))]
+    inputs = [batch.to(model.device) for batch in waiting]
+    ready = (
+        block_by_block(model, find_blocks(model), inputs, hold)
+        if hold is not None and inputs
+        else repeat(nullcontext())
     )
-    for batch in progress(inputs, "evaluation", "batch"):
-        with next(prepared):
+    for batch, prepared in zip(progress(inputs, "evaluation", "batch"), ready, strict=False):
+        with prepared:
             losses += window_losses(model, batch).tolist()
+        done(losses)
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise DassError(f"The loss of window {i} is not finite: check the weights, or load them in a wider dtype.")
@@ -111,7 +131,7 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Tensor], hold: Hold | N
     if mean > 700:
         raise DassError(f"The mean loss is {mean:.0f} nats per token, too much for a perplexity: the model is broken.")
     stderr = math.exp(mean) * values.std().item() / len(losses) ** 0.5 if len(losses) > 1 else None
-    return Perplexity(math.exp(mean), stderr, inputs[0].shape[1], losses)
+    return Perplexity(math.exp(mean), stderr, batches[0].shape[1], losses)
 
 
 @torch.no_grad()

@@ -56,6 +56,8 @@ def walk(
     min_expert_tokens: int | None = None,
     projections: Mapping[str, str] | None = None,
     hold: Hold = resident,
+    start: tuple[int, list[Tensor]] | None = None,
+    done: Callable[[int, list[Tensor]], None] = lambda index, batches: None,
 ) -> Iterator[Step]:
     """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
 
@@ -68,6 +70,9 @@ def walk(
             `EXPERT_TOKENS`.
         projections: see `find_blocks`.
         hold: has a block in memory from before its statistics until its outputs were made, pruned.
+        start: index of the block to begin with, and what enters it, as an earlier walk had it; the blocks before it are
+            as that one left them.
+        done: is told of each block that is finished: the index of the next one, and what enters it.
 
     Raises:
         DassError: unknown layout, missing calibration, activations that are not finite.
@@ -81,9 +86,13 @@ def walk(
         if wanted and input_ids is not None:
             with hold(blocks[0]):
                 activations = enter_first_block(model, blocks, input_ids.to(model.device).split(batch_size))
-        for index, block in enumerate(blocks):
+        first, batches = start or (0, [])
+        if activations is not None and first:
+            activations.batches = [batch.to(model.device) for batch in batches]
+        for index, block in enumerate(blocks[first:], first):
             with hold(block):
                 yield from _visit(index, block, needs(block), activations, min_expert_tokens, index + 1 < len(blocks))
+            done(index + 1, [] if activations is None else activations.batches)
 
 
 def _visit(

@@ -1,0 +1,198 @@
+"""A run that was killed goes on, and ends as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dass import resume
+from dass.resume import STATE, Kept
+from experiments import walked
+from tests.experiments.test_prune import ROOT, records, run, setting  # noqa: F401  (a fixture)
+
+OBS = ("method=sparsegpt", "sparsity=2of4")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Keep how far the run has come after every block and every batch."""
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(resume, "SHARE", float("inf"))
+
+
+def killed_at(monkeypatch, what, name, at):
+    """Let the `at`-th call of a function be the last thing that a run does; returns what puts it back."""
+    original, calls = getattr(what, name), []
+
+    def once_more(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == at:
+            raise SystemExit(143)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(what, name, once_more)
+    return lambda: monkeypatch.setattr(what, name, original)
+
+
+def ended(tmp_path, where):
+    """What a run has left, times aside."""
+    (record,) = records(where)
+    names = ("id", "identity", "windows", "metrics", "sparsity", "calibration", "failed")
+    model = AutoModelForCausalLM.from_pretrained(where / "model").state_dict()
+    return {name: record[name] for name in names}, model, load_file(where / "masks" / "masks.safetensors")
+
+
+def overrides(where):
+    return [f"results_dir={where / 'runs'}", f"save_model={where / 'model'}", f"masks={where / 'masks'}"]
+
+
+def same(one, other):
+    return one[0] == other[0] and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(one[1:], other[1:], strict=True)
+    )
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+@pytest.mark.parametrize("method", [OBS, ("method=dass", "targets=all"), ("method=adaptive", "method.order=random")])
+def test_a_run_that_was_killed_between_blocks_ends_the_same(
+    setting,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+    always,
+    method,
+    memory,
+):
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(*setting, *method, *overrides(one))
+    for at in (2, 2, 1):  # in the second block; then, after that one, in the third; then at its first
+        back = killed_at(monkeypatch, walked, "note", at)
+        with pytest.raises(SystemExit):
+            run(*setting, *method, f"memory={memory}", *overrides(other))
+        back()
+        capsys.readouterr()
+    run(*setting, *method, f"memory={memory}", *overrides(other))
+    assert "goes on behind block 2 of 3" in capsys.readouterr().err
+    assert same(ended(tmp_path, one), ended(tmp_path, other))
+    assert not [path for path in (other / "runs").iterdir() if path.name.startswith(".")]
+
+
+def test_an_evaluation_goes_on_behind_the_last_batch(setting, tmp_path, monkeypatch, always):  # noqa: F811
+    from dass.evaluation import perplexity
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(*setting, *OBS, *overrides(one), "batch_size=2")
+    back = killed_at(monkeypatch, perplexity, "window_losses", 3)
+    with pytest.raises(SystemExit):
+        run(*setting, *OBS, *overrides(other), "batch_size=2")
+    back()
+    calls = []
+    original = perplexity.window_losses
+    monkeypatch.setattr(perplexity, "window_losses", lambda *a: (calls.append(1), original(*a))[1])
+    run(*setting, *OBS, *overrides(other), "batch_size=2")
+    assert same(ended(tmp_path, one), ended(tmp_path, other))
+    assert len(calls) == -(-len(records(one)[0]["windows"]) // 2) - 2
+
+
+def left_behind(setting, where, monkeypatch):  # noqa: F811
+    """The folder of a run that was killed in its third block."""
+    back = killed_at(monkeypatch, walked, "note", 3)
+    with pytest.raises(SystemExit):
+        run(*setting, *OBS, *overrides(where))
+    back()
+    (folder,) = (path for path in (where / "runs").iterdir() if path.name.startswith("."))
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "state"])
+def test_what_is_damaged_is_not_believed(setting, tmp_path, monkeypatch, capsys, always, damage):  # noqa: F811
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(*setting, *OBS, *overrides(one))
+    folder = left_behind(setting, other, monkeypatch)
+    path = folder / STATE if damage == "state" else sorted(folder.glob("*.safetensors"))[0]
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    capsys.readouterr()
+    run(*setting, *OBS, *overrides(other))
+    told = capsys.readouterr().err
+    assert "damaged, so it begins anew" in told and "goes on" not in told
+    assert same(ended(tmp_path, one), ended(tmp_path, other))
+
+
+def test_another_batch_size_begins_anew(setting, tmp_path, monkeypatch, capsys, always):  # noqa: F811
+    left_behind(setting, tmp_path / "other", monkeypatch)
+    run(*setting, *OBS, *overrides(tmp_path / "other"), "batch_size=3")
+    assert "goes on" not in capsys.readouterr().err
+    assert records(tmp_path / "other")[0]["config"]["resolved"]["batch_size"] == 3
+
+
+def test_a_short_run_keeps_nothing_and_a_failed_one_leaves_nothing(setting, tmp_path, monkeypatch):  # noqa: F811
+    kept = []
+    monkeypatch.setattr(Kept, "_write", lambda *_: kept.append(1))
+    run(*setting, *OBS, *overrides(tmp_path / "other"))
+    assert not kept
+    monkeypatch.setattr(walked, "note", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*setting, "method=wanda", f"results_dir={tmp_path / 'runs'}")
+    assert not [path for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")]
+
+
+def test_writing_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(resume.time, "perf_counter", lambda: now[0])
+    kept, written = Kept(tmp_path), []
+
+    def write(*_):
+        written.append(now[0])
+        now[0] += 10
+
+    monkeypatch.setattr(kept, "_write", write)
+    for _ in range(100):
+        now[0] += 7
+        kept.keep(1, [], dict, dict, lambda name, tensor: tensor)
+    assert written[0] >= 60 and 10 * len(written) <= 0.05 * now[0] + 10 and len(written) > 2
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+def test_any_bytes_are_a_state_or_none(tmp_path, content):
+    (tmp_path / STATE).write_bytes(content)
+    (tmp_path / resume.LOSSES).write_bytes(content)
+    kept = Kept(tmp_path)
+    assert kept.state is None and kept.losses(1) == []
+
+
+@pytest.mark.slow
+def test_kill_9_at_thirty_moments_changes_nothing(setting, tmp_path):  # noqa: F811
+    code = "import dass.resume as r; r.EVERY, r.SHARE = 0.0, float('inf'); import runpy, sys; "
+    code += "sys.argv[0] = 'prune'; runpy.run_module('experiments.prune', run_name='__main__')"
+    command = [sys.executable, "-c", code, *setting, *OBS, "batch_size=1"]
+    one, other = tmp_path / "one", tmp_path / "other"
+    started = time.monotonic()
+    subprocess.run([*command, *overrides(one)], cwd=ROOT, check=True)
+    whole, draws = time.monotonic() - started, random.Random(0)
+    for i in range(30):
+        memory = ("resident", "stream")[i % 2]
+        process = subprocess.Popen(
+            [*command, f"memory={memory}", *overrides(other)], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        time.sleep(whole * draws.uniform(0.5, 1.0))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, *overrides(other)], cwd=ROOT, check=True)
+    assert same(ended(tmp_path, one), ended(tmp_path, other))
+    assert json.loads((other / "model" / "dass.json").read_text())
