@@ -23,7 +23,8 @@ def _plain(value: Any) -> Any:
 def _option(value: Any) -> Any:
     entries = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
     for entry in entries:
-        _plain(entry)
+        for part in entry.values() if isinstance(entry, dict) else [entry]:  # a method with other values than its own
+            _plain(part)
     return value
 
 
@@ -77,7 +78,7 @@ class Method(Part):
     axis: dict[str, str] | str | None = None
     update: str | None = None
     alpha: Annotated[float, Field(gt=-1e9, lt=1e9)] | None = None
-    methods: list[str] | None = None
+    methods: list[str | dict[str, Plain]] | None = None
 
 
 class Sparsity(OpenPart):
@@ -226,24 +227,27 @@ class Metric(Part):
 
 
 class Norms(Part):
-    """The spread of the intermediate norms, over the blocks."""
+    """The spread of the norms of what down, and of what gate and up read, over the blocks."""
 
     cv: list[NotNegative | None]
     p90_p10: list[NotNegative | None]
     reordered: list[Share | None]
+    input_cv: list[NotNegative | None]
+    input_p90_p10: list[NotNegative | None]
 
 
 class Diagnostics(Part):
     """What the comparison of methods left."""
 
-    errors: dict[str, dict[str, list[Energy | None]]]  # by method and role, over the blocks
+    errors: dict[str, dict[str, list[Energy | None]]]  # by method and role, or `mlp` for the whole, over the blocks
+    kept: dict[str, dict[str, list[Share | None]]]  # by method and role
     jaccard: dict[str, dict[str, list[Share | None]]]  # by pair of methods and role
     norms: Norms
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        by_role = [values for one in (*self.errors.values(), *self.jaccard.values()) for values in one.values()]
-        if len({len(values) for values in (*by_role, self.norms.cv, self.norms.p90_p10, self.norms.reordered)}) > 1:
+        tables = (*self.errors.values(), *self.kept.values(), *self.jaccard.values(), vars(self.norms))
+        if len({len(values) for table in tables for values in table.values()}) > 1:
             raise ValueError("its numbers are of different numbers of blocks")
         return self
 

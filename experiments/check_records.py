@@ -29,14 +29,16 @@ from report.rows import differing, read_published
 from report.runs import AS_PUBLISHED, Run, runs_of
 
 NEAR = 0.02  # a dense perplexity may differ by so much, as a share, from a published one
+COMMIT = re.compile(r"[0-9a-f]{40}")
+VERSIONS = {"python", *PACKAGES}
+FIRST = {"lm-eval"}  # which our first records did not tell
 KEYS: dict[str, set[str]] = {  # parts in which nothing else may stand: another key may tell whose machine it was
     "": {*RECORD_KEYS, "calibration", "experts", "diagnostics"},
     "git": {"commit", "dirty"},
+    "versions": VERSIONS,
     "machine": {"platform", "cpu", "threads", "memory_gb", "device", "gpu"},
 }
 ONLY = ["targets"]  # in which an MLP-only result differs from one of all linear layers that bounds it
-COMMIT = re.compile(r"[0-9a-f]{40}")
-VERSIONS = {"python", *PACKAGES} - {"lm-eval"}  # which our first records did not tell
 PUBLISHED = CONF.parent / "results" / "published"
 
 
@@ -53,9 +55,9 @@ def faults_of(path: Path, published: pd.DataFrame) -> list[str]:
     for part, known in KEYS.items():
         found = record[part] if part else record
         faults += [f"{part or 'it'} holds {key}, which no record does" for key in sorted(set(found) - known)]
-    missing = [name for name in sorted(VERSIONS) if not record["versions"].get(name)]
+    missing = [name for name in sorted(VERSIONS - FIRST) if not re.match(r"\d", record["versions"].get(name, ""))]
     faults += [f"the version of {name} is missing" for name in missing]
-    if not commit:
+    if not COMMIT.fullmatch(str(commit)):
         faults.append("the commit is missing: run it in a checkout")
     if record["identity"]["numerics"] != NUMERICS:
         faults.append(f"it is of numerics {record['identity']['numerics']}, and this version of {NUMERICS}")
@@ -71,18 +73,17 @@ def check_folder(folder: Path) -> bool:
     Raises:
         DassError: there is no record, or a manifest cannot be read.
     """
-    published, good = read_published(PUBLISHED), True
+    published = read_published(PUBLISHED)
     if not (paths := paths_in(folder, ".json")):
         raise DassError(f"No records in {folder}: name the folder that holds them.")
-    for path in paths:
-        faults = faults_of(path, published)
-        print(one_line(f"{path.stem}: {'; '.join(faults) or 'ok'}"))
-        good &= not faults
-    for manifest in read_manifests(folder):
-        if faults := private_in(asdict(manifest)):
-            print(one_line(f"{FOLDER}/{manifest.name}: {'; '.join(faults)}"))
-            good = False
-    return good
+    faults = {path.stem: faults_of(path, published) for path in paths}
+    sound = [read_record(path) for path in paths if not faults[path.stem]]
+    for strange in {record["id"] for record in sound} - {run.id for run in runs_of(sound)}:
+        faults[strange] = ["it has more or fewer windows or items than most of its evaluation"]
+    manifests = {f"{FOLDER}/{one.name}": private_in(asdict(one)) for one in read_manifests(folder)}
+    for name, found in (faults | {name: found for name, found in manifests.items() if found}).items():
+        print(one_line(f"{name}: {'; '.join(found) or 'ok'}"))
+    return not any((faults | manifests).values())
 
 
 def rebuild(folder: Path) -> None:
@@ -115,11 +116,11 @@ def _config(record: dict[str, Any]) -> list[str]:
     """In what the identity of its config, reckoned again with the equations of this version, is not its own."""
     config, found = record["config"], record["determinants"]
     try:
-        with told("its config means nothing here", "run it again with this version", Exception):
-            plan = check(OmegaConf.create({key: value for key, value in config.items() if key != "resolved"}))
-            expected = _reckoned(plan, config["resolved"]["dtype"], found).parts
-    except DassError as error:
-        return [sentence(error)]
+        plan = check(OmegaConf.create({key: value for key, value in config.items() if key != "resolved"}))
+        dtype = config["resolved"]["dtype"] if plan.config.model.dtype == "auto" else plan.dtype
+        expected = _reckoned(plan, dtype, found).parts
+    except Exception as error:  # whatever a foreign config makes of them
+        return [f"its config means nothing here: {sentence(error)}"]
     faults = []
     for part in BASELINE:
         ours, theirs = hashed(part, expected[part]), hashed(part, found[part])

@@ -41,30 +41,38 @@ def pruners_of(config: PruneConfig) -> Mapping[str, Pruner]:
     return compared(config, names if isinstance(names, list) else [])
 
 
-def compared(config: PruneConfig, names: Sequence[Any]) -> dict[str, BlockPruner]:
-    """Methods as their files in conf/method say; DassError where one does not prune, or there is one alone."""
-    pruners = {str(name): _from_file(config, "methods", str(name), {}) for name in names}
+def compared(config: PruneConfig, methods: Sequence[Any]) -> dict[str, BlockPruner]:
+    """Methods as `_from_files` reads them; DassError where one does not prune, or there is one alone."""
+    pruners = _from_files(config, "methods", methods, {})
     if len(pruners) < 2:
         raise DassError("method.methods must name at least two methods to compare.")
     return pruners
 
 
 def _adaptive(config: PruneConfig, candidates: Any) -> AdaptivePruner:
-    """The choice between methods: each as its file says, with other values where they are given beside its name."""
+    """The choice between methods."""
     words = dict(config.method)
     shared = {key: words.pop(key) for key in ("order", "order_seed", "update", "exclude") if key in words}
     share = words.pop("share", 0.25)
     if others := set(words) - {"name", "candidates"}:
         raise DassError(f"method.{min(others)} has no effect where candidates are chosen from: set it in one of them.")
-    pruners = {}
-    for one in candidates if isinstance(candidates, list) else ():
-        own = dict(one) if isinstance(one, dict) else {"name": one}
-        file, changes = str(own.pop("name", None)), own
-        name = " ".join([file, *(f"{key}={value}" for key, value in changes.items())])
-        pruners[name] = _from_file(config, "candidates", file, shared | changes)
+    pruners = _from_files(config, "candidates", candidates if isinstance(candidates, list) else [], shared)
     if not isinstance(share, int | float) or isinstance(share, bool):
         raise DassError(f"share={share} must be a number.", field="method.share")
     return AdaptivePruner(pruners, share)
+
+
+def _from_files(
+    config: PruneConfig, where: str, methods: Sequence[Any], shared: Mapping[Any, Any]
+) -> dict[str, BlockPruner]:
+    """Several methods, each as its file says, with other values where they are given beside its name."""
+    pruners = {}
+    for one in methods:
+        own = dict(one) if isinstance(one, dict) else {"name": one}
+        file, changes = str(own.pop("name", None)), own
+        name = " ".join([file, *(f"{key}={value}" for key, value in changes.items())])
+        pruners[name] = _from_file(config, where, file, {**shared, **changes})
+    return pruners
 
 
 def _from_file(config: PruneConfig, where: str, name: str, changes: dict[str, Any]) -> BlockPruner:

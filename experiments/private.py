@@ -12,7 +12,10 @@ from experiments.public import public
 PUBLIC_HOSTS = re.compile(r"\b(?:[\w-]+\.)*(?:huggingface\.co|github\.com|pytorch\.org|arxiv\.org|hydra\.cc)\b")
 BYTE = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 KINDS = {
-    "the path": re.compile(r"\b[A-Za-z]:[\\/][^\s/]|\\\\\w|file:/|(?<![\w.])\.\./|\$(?:HOME|USER)\b|%USERPROFILE%"),
+    "the path": re.compile(
+        r"\b[A-Za-z]:[\\/][^\s/]|\\\\\w|file:/|(?<![\w.])\.\./|\$(?:HOME|USER)\b|%USERPROFILE%"
+        r"|/(?:home|Users|root|mnt|scratch)/"
+    ),
     "the e-mail address or login": re.compile(r"[\w.+-]+@[\w-]+"),
     "the token": re.compile(
         r"\b(?:hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[\w-]{8,}|\beyJ[\w-]+\.eyJ|\bBearer\s+\w"
@@ -26,8 +29,7 @@ KINDS = {
     ),
 }
 WORDS = {"user", "username", "login", "host", "hostname", "node", "nodename", "home", "cwd", "email", "ip", "token"}
-OF_THE_MACHINE = ("machine", "git", "command", "failed")  # where nothing stands but what the machine gave
-COMMON = {"root", "user", "admin", "ubuntu", "debian", "localhost", "linux"}  # names that tell nothing
+COMMON = {"root", "user", "admin", "ubuntu", "debian", "localhost", "linux", "dass"}  # names that tell nothing
 
 
 def private_in(tree: dict[str, Any]) -> list[str]:
@@ -39,9 +41,7 @@ def private_in(tree: dict[str, Any]) -> list[str]:
         kinds = {kind for kind, pattern in KINDS.items() if pattern.search(PUBLIC_HOSTS.sub("", text))}
         if public(text) != text:
             kinds.add("the path")
-        if names is not None and place.startswith(OF_THE_MACHINE) and names.search(text):
-            kinds.add("the name")
-        if is_key and text.lower() in WORDS:
+        if (names is not None and names.search(text)) or (is_key and text.lower() in WORDS):
             kinds.add("the name")
         found += [f"{place} holds {kind} of a machine or person: {one_line(text[:60])}" for kind in sorted(kinds)]
     return found

@@ -33,6 +33,7 @@ class Grid:
     bold: frozenset[tuple[int, int]] = frozenset()  # row and column of the cells in bold
     words: int = 2  # so many columns from the left are words; the others are numbers
     runs: list[list[Run]] = field(default_factory=list)  # behind each row, those with a record; none: behind no row
+    cells: dict[tuple[int, int], list[Run]] = field(default_factory=dict)  # behind a cell, if not all of its row
 
 
 def number(value: float | None, form: str, stderr: float | None = None) -> str:

@@ -149,13 +149,13 @@ def pruning_time(material: Material) -> Report:
 
 @kind
 def diagnostics(material: Material) -> Report:
-    """Errors, overlaps and norms, block by block."""
+    """What methods do to each block, and what tells in advance which does best."""
     found = [run for run in material.runs if run.record and "diagnostics" in run.record]
     behind = {model_words(run): run for run in found}
     measured = {model: run.record["diagnostics"] for model, run in behind.items() if run.record}
     facts = {"calibration": calibration_words(found[0]), "pattern": str(found[0].pattern)} if found else {}
     grids = [
-        replace(grid, runs=[[behind[model]] for model in grid.frame["Model"]])
+        replace(grid, runs=[[behind[row["Model"]]] if "Model" in row else found for _, row in grid.frame.iterrows()])
         for grid in diagnostics_grids(measured, facts | facts_of(material.runs))
     ]
     return Report(grids, (lambda: diagnostics_figure(measured)) if measured else None, diagnostics_frame(measured))

@@ -18,6 +18,7 @@ from dass.errors import DassError, told
 from dass.manifests import Manifest
 from report.diagnostics import diagnostics_frame
 from report.grid import marked, number
+from report.predictors import Measured, blocks_frame, correlation
 from report.runs import Run, planned_runs
 from report.tables import Difference, cells_of, find, paired_difference, unbeaten
 
@@ -76,10 +77,21 @@ class Page:
 
     def block_mean(self, model: str, measure: str, methods: str = "", role: str = "", reduce: str = "mean") -> float:
         """A number of the diagnostics, over the blocks."""
-        found = [run for run in self._of("diagnostics") if run.record and "diagnostics" in run.record]
-        measured = {run.model: run.record["diagnostics"] for run in found if run.record}
-        blocks = diagnostics_frame(measured).groupby(["model", "measure", "methods", "role"]).value
+        blocks = diagnostics_frame(self._measured()).groupby(["model", "measure", "methods", "role"]).value
         return float(blocks.agg(reduce)[model, measure, methods, role])
+
+    def blocks(self, method: str = "dass", model: str | None = None) -> pd.DataFrame:
+        """The blocks of all models, or of one, as `blocks_frame` gives them; of a method beside Wanda."""
+        found = blocks_frame(self._measured())
+        chosen = found[(found.method == method) & (found.model == (model or found.model))]
+        if chosen.empty:
+            raise DassError(f"The page asks for the blocks of {method} on {model or 'all models'}: there are none.")
+        return chosen
+
+    def _measured(self) -> Measured:
+        """The diagnostics by the model's name."""
+        runs = [run for run in self._of("diagnostics") if run.record]
+        return {run.model: run.record["diagnostics"] for run in runs if run.record and "diagnostics" in run.record}
 
     def _of(self, experiment: str) -> list[Run]:
         if experiment not in self.runs:
@@ -113,6 +125,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "pm": lambda difference, form="+.3f": number(difference.mean, form, difference.stderr),
     "marked": marked,
     "errors": lambda difference: abs(difference.mean) / difference.stderr,
+    "correlation": correlation,
     "delta": View.delta,
     "ppl": View.ppl,
     "exp": math.exp,
@@ -133,7 +146,7 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     page = Page({str(manifest.experiment): planned_runs(manifest, runs) for manifest in small})
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
-    functions = (page.view, page.minutes, page.block_mean, verdict, require, bold_best)
+    functions = (page.view, page.minutes, page.block_mean, page.blocks, verdict, require, bold_best)
     with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})

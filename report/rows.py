@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pandas as pd
 from dass.errors import DassError, told
 from dass.records import paths_in
 from report.grid import MISSING, Grid, grid_of, marked, number, recorded
+from report.items import TOLD, Pairing, pairing_of
 from report.runs import Run
-from report.tables import find, labels_of, paired_difference
+from report.tables import WIN, find, labels_of, paired_difference
 from report.words import facts_of, machine_words, model_words
 
 BOLD_LEGEND = (
@@ -40,8 +42,10 @@ TIME_LEGEND = (
 )
 ACCURACY_LEGEND = (
     "Accuracy in %, 0-shot, ± one standard error over items. Δ mean: difference of the mean to Wanda's, with the "
-    "standard error of the paired difference over items; ≈: within two of them, no win. Bold: the highest mean of a "
-    f"pattern and every other within two standard errors of it. {MISSING}: not run."
+    "standard error of the paired difference over items; ≈: within two of them, no win. Won, lost: items that are "
+    "right here and wrong with Wanda, and the reverse. Bold: the highest mean of a pattern and every other within two "
+    "standard errors of it. N:M masks are those of the named orders of the neurons; by how much other orders would "
+    f"change an accuracy is in no ±. {MISSING}: not run."
 )
 PUBLISHED_LEGEND = (
     "A published number is comparable where data, sequence length and pruned projections agree (the dense model prunes "
@@ -98,14 +102,16 @@ def to_reference(cell: Any, form: str) -> str:
 def side_by_side(cells: pd.DataFrame) -> Grid:
     """The perplexities of several tables in one, a column for each."""
     titles = list(cells.title.unique())
-    both = cells.pivot(index=["pattern", "rank", "label"], columns="title", values=["perplexity", "is_best"])
+    both = cells.pivot(index=["pattern", "rank", "label"], columns="title", values=["perplexity", "is_best", "runs"])
     texts = both.perplexity[titles].map(lambda value: number(value, ".2f"))
     best = both.is_best[titles].eq(True).to_numpy().nonzero()
     names = pd.DataFrame({"Pattern": [str(key[0]) for key in both.index], "Method": [key[2] for key in both.index]})
     bold = frozenset((int(row), int(column) + 2) for row, column in zip(*best, strict=True))
-    behind = recorded(cells.groupby(["pattern", "rank", "label"]).runs.sum())
+    columns = [recorded(both.runs[title].map(lambda runs: runs if isinstance(runs, list) else [])) for title in titles]
+    behind = {(row, column): runs for column, own in enumerate(columns, 2) for row, runs in enumerate(own)}
+    together = [list(chain(*runs)) for runs in zip(*columns, strict=True)]
     frame = names.join(texts.reset_index(drop=True))
-    return Grid("All models", frame, legend=SIDE_BY_SIDE_LEGEND, bold=bold, runs=behind)
+    return Grid("All models", frame, legend=SIDE_BY_SIDE_LEGEND, bold=bold, runs=recorded(together), cells=behind)
 
 
 def calibration_grid(cells: pd.DataFrame) -> Grid:
@@ -156,20 +162,41 @@ def time_grid(table: pd.DataFrame) -> Grid:
 
 
 def zero_shot_grid(table: pd.DataFrame) -> Grid:
-    """Accuracies, all on the same items."""
+    """Accuracies, all on the same items; and how many of them a difference to Wanda needs."""
     sizes = {task: metric["n"] for runs in table.runs for run in runs for task, metric in run.accuracies.items()}
+    wanda = {cell.pattern: cell.runs for cell in table[table.is_reference].itertuples()}
+    others = table[~table.is_reference & table.pattern.isin(wanda)]
+    pairings = {cell.Index: pairing_of(cell.runs, wanda[cell.pattern]) for cell in others.itertuples()}
 
     def row(cell: Any) -> dict[str, str]:
         found, shown = [run.accuracies for run in cell.runs], {}
         for task, n in sizes.items():
             value, stderr = (100 * _mean(found, task, key) for key in ("value", "stderr"))
             shown[f"{task} (n = {n})"] = number(value, ".1f", stderr)
-        return shown | {"Δ mean to Wanda": to_reference(cell, "+.1f")}
+        shown["Δ mean to Wanda"] = to_reference(cell, "+.1f")
+        pairing = pairings.get(cell.Index)
+        return shown | {"Won, lost": f"{pairing.won}, {pairing.lost}" if pairing else MISSING}
 
     gained = table.assign(delta=[lost and -lost for lost in table.delta])
     title = f"Zero-shot accuracy of {table.facts.iloc[0]['model']}"
     bold = f"mean (n = {sizes['mean']})" if sizes else None
-    return grid_of(title, gained, row, _facts(table, "evaluation"), ACCURACY_LEGEND, bold)
+    facts = _facts(table, "evaluation", "orders")
+    needed = {f"{table.label[index]} {table.pattern[index]}": found for index, found in pairings.items() if found}
+    if needed:
+        facts["items needed"] = needed_words(needed)
+    return grid_of(title, gained, row, facts, ACCURACY_LEGEND, bold)
+
+
+def needed_words(pairings: dict[str, Pairing]) -> str:
+    """How many items of each task tell the difference of a row to Wanda, and by which formula."""
+    numbers = [
+        f"{name} {'more than there are' if one.needed is None else one.needed}" for name, one in pairings.items()
+    ]
+    return (
+        f"{', '.join(numbers)}; the least n of each task by which {TOLD:g} points of the mean are told from zero: "
+        f"sum(s^2 / min(n, N)) = (T × {TOLD / WIN:g} point)^2 over T tasks, s^2 being the variance of the paired "
+        f"differences of a task's items and N its whole set"
+    )
 
 
 def read_published(folder: Path) -> pd.DataFrame:
@@ -250,10 +277,10 @@ def _mean(found: list[dict[str, Any]], name: str, key: str) -> float:
     return float(pd.Series(values, dtype=float).mean())
 
 
-def _facts(table: pd.DataFrame, name: str) -> dict[str, str]:
-    """One fact, the machine, and what is missing."""
+def _facts(table: pd.DataFrame, *names: str) -> dict[str, str]:
+    """Some facts, the machine, and what is missing."""
     facts = table.facts.iloc[0]
-    return {key: facts[key] for key in (name, "machine", "missing") if key in facts}
+    return {key: facts[key] for key in (*names, "machine", "missing") if key in facts}
 
 
 def differing(theirs: Any, run: Run) -> list[str]:

@@ -16,7 +16,7 @@ from dass.errors import DassError
 from dass.manifests import Manifest
 from dass.records import write_atomically
 from report.figures import write_figure
-from report.grid import Grid
+from report.grid import MISSING, Grid
 from report.kinds import Material, find_kind
 from report.runs import Run, planned_runs
 from report.words import calibration_words, evaluation_words, machine_words, model_words
@@ -69,8 +69,8 @@ def render_site(reports: list[Shown]) -> str:
     environment.filters |= {"yaml": lambda tree: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}
     functions = (points, run_words, model_words, machine_words, calibration_words, evaluation_words)
     environment.globals |= {function.__name__: function for function in functions}
-    size = {"width": WIDTH, "height": HEIGHT}
-    return environment.get_template(TEMPLATE).render(reports=reports, runs=runs.values(), **size)
+    constants = {"width": WIDTH, "height": HEIGHT, "missing": MISSING}
+    return environment.get_template(TEMPLATE).render(reports=reports, runs=runs.values(), **constants)
 
 
 def run_words(run: Run) -> str:

@@ -162,7 +162,7 @@ def test_comparing_methods():
     pruners = {n: BlockPruner(Method(c, a, PATTERNS[0], u)) for n, (c, a, u) in METHODS.items()}
     with pretended("llama") as (model, _):
         for step in walk(model, random_tokens(4, 8), partial(comparison_needs, pruners), 2):
-            assert compare_block(pruners, step.block, step.streams).errors.keys() == pruners.keys()
+            assert compare_block(pruners, step.block, step.streams, step.outputs).errors.keys() == pruners.keys()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "mixtral"])

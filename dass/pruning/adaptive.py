@@ -86,7 +86,7 @@ class AdaptivePruner:
                 if not pruner.projections(alone):
                     continue
                 pruned = pruner.prune(alone, {reads: copy.copy(stream) for reads, stream in streams.items()})
-                error = _error(dense, outputs(self.share))
+                error = squared_error(dense, outputs(self.share))
                 if unit.name not in best or error < best[unit.name][0]:
                     best[unit.name] = error, _weights(unit), [replace(one, chosen=name) for one in pruned]
                 _put(unit, before)
@@ -99,7 +99,7 @@ class AdaptivePruner:
         return pruned + (self.first.prune(rest, streams) if self.first.projections(rest) else [])
 
 
-def _error(dense: list[Tensor], outputs: Iterator[Tensor]) -> float:
+def squared_error(dense: list[Tensor], outputs: Iterator[Tensor]) -> float:
     """||Y' - Y||^2 over the outputs of a block."""
     parts = [(one - other).float().square().sum() for one, other in zip(outputs, dense, strict=True)]
     return float(torch.stack(parts).sum())

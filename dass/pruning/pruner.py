@@ -143,6 +143,16 @@ class BlockPruner:
         require_all(after)
         return [replace(one, mask=replace(one.mask, order=orders.get(one.projection.name))) for one in pruned]
 
+    @torch.no_grad()
+    def scores(self, block: Block, p: Projection, streams: Streams) -> Tensor:
+        """The importance of each weight of a projection by its criterion, as the weights are, of their shape."""
+        answers: Answers = []
+        statistics = self._statistics(block, [p], streams, answers)
+        found = self._importance(_accumulable(p.weight), self._own(p, statistics), p.role)
+        require_finite(found, f"The importance scores of {p.name}", answers)
+        require_all(answers)
+        return found
+
     def _reorder(self, block: Block, unit: Unit, streams: Streams) -> Tensor:
         """Put the neurons of an MLP in the method's order, with what is known of them; the permutation, `(f,)`."""
         method, seen = self.method, streams.get(unit.intermediate)
@@ -183,14 +193,10 @@ class BlockPruner:
 
     def _lines(self, block: Block, p: Projection, streams: Streams) -> Tensor:
         """The scores of a projection in which weights of several neurons compete, `(lines, neurons)`; perhaps none."""
-        answers: Answers = []
         reads_them = p.role in ("down", "o")
         if (self.method.axis_for(p.role) == "out") == reads_them:
             return p.weight.new_empty(0, p.weight.shape[1 if reads_them else 0], dtype=torch.float32)
-        statistics = self._statistics(block, [p], streams, answers)
-        found = self._importance(_accumulable(p.weight), self._own(p, statistics), p.role)
-        require_finite(found, f"The importance scores of {p.name}", answers)
-        require_all(answers)
+        found = self.scores(block, p, streams)
         return found if reads_them else found.T
 
     def _mask(self, p: Projection, statistics: Statistics, answers: Answers) -> Mask | None:

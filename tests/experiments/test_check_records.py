@@ -1,6 +1,8 @@
 """Records of others: good ones pass and are reported, and each way to doctor one is told in its line."""
 
 import copy
+import math
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,10 @@ from dass.fingerprint import Fingerprint
 from dass.manifests import read_manifest, write_manifest
 from dass.records import read_record, write_record
 from experiments.app import CONF
-from experiments.check_records import PUBLISHED, faults_of, main
+from experiments.check_records import PUBLISHED, check_folder, faults_of, main
 from experiments.resolve import check
 from report.rows import read_published
+from report.runs import Pattern
 from tests.experiments.test_prune import ROOT
 
 RUNS = ROOT / "results" / "runs"
@@ -53,6 +56,8 @@ def paper(perplexity: float, *overrides: str) -> dict[str, Any]:
     record = copy.deepcopy(read_record(DASS)) | {"determinants": plan.fingerprint.parts}
     composed = OmegaConf.to_container(config, resolve=True)
     record["config"] = composed | {"resolved": {"dtype": plan.dtype, "batch_size": 1}}
+    for projection in record["sparsity"]["projections"].values():
+        projection["pattern"] = str(Pattern.of(**{key: composed["sparsity"][key] for key in ("ratio", "n", "m")}))
     losses = np.log(perplexity) + 0.1 * np.cos(np.arange(40))
     losses += np.log(perplexity) - losses.mean()
     length = plan.config.evaluation.seq_len
@@ -69,6 +74,11 @@ def paper(perplexity: float, *overrides: str) -> dict[str, Any]:
 def test_what_is_committed_is_good(name: str) -> None:
     for run in read_manifest(MANIFEST.with_name(f"{name}-small.json")).runs:
         assert faults_of(RUNS / f"{run.fingerprint}.json", read_published(PUBLISHED)) == []
+
+
+@pytest.mark.slow
+def test_all_that_is_committed_is_good() -> None:
+    assert check_folder(RUNS)
 
 
 def test_a_good_folder_is_told_line_by_line_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,22 +119,35 @@ def test_a_bad_folder_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("config.targets", "all", "its method is not what its config"),
         ("config.exclude", "layers.0", "its method is not what its config"),
         ("config.method.update", "none of these", "update"),
-        ("config.calibration.name", "packaged_wiki", "calibration.name is packaged_wiki in its config"),
-        ("config.calibration.join", False, "calibration.join is False"),
-        ("config.model.packaged", "gemma3_270m", "model.packaged is gemma3_270m"),
+        ("config.method.frobnicate", 1, "its config means nothing here"),
+        ("config.methods", "x", "its config means nothing here"),
+        ("config.calibration.name", "packaged_wiki", "its calibration has name packaged_wiki, sha256"),
+        ("config.calibration.join", False, "its calibration has join False by its config, but it ran with join True"),
+        ("config.calibration.bos", "none", "its calibration has bos none"),
+        ("config.evaluation.n_windows", None, "its evaluation has articles"),
+        ("config.evaluation.field", "page", "its evaluation has field page"),
+        ("config.evaluation.name", "none", "its evaluation has n_windows None, name None"),
+        ("config.model.packaged", "gemma3_270m", "its model has packaged gemma3_270m"),
+        ("config.model.dtype", "float16", "its model has dtype float16 by its config, but it ran with dtype float32"),
         ("config.model.name", "gemma3_270m", "called gemma3_270m, but is of"),
         ("determinants.method.parameters", {"alpha": 1.0}, "its identity is not that of its determinants"),
         ("determinants.calibration.seed", 1, "its identity is not that of its determinants"),
         ("windows", [3.0] * 24, "windows contradict its perplexity"),
         ("windows", [3.0], "numbers of windows"),
         ("versions.torch", "", "the version of torch is missing"),
+        ("versions.torch", "unknown", "the version of torch is missing"),
         ("versions", {}, "the version of python is missing"),
+        ("versions.owner", "x", "versions holds owner, which no record does"),
         ("git.commit", None, "the commit is missing"),
+        ("git.commit", "main", "the commit is missing"),
         ("git", None, "it is not sound"),
         ("machine.hostname", "gpu-17", "machine holds hostname, which no record does"),
         ("owner", "x", "it holds owner, which no record does"),
         ("config.model.path", "/data/llama", "config.model.path holds the path"),
         ("config.masks", "~/masks", "config.masks holds the path"),
+        ("config.masks", "a-/home/alice/masks", "config.masks holds the path"),
+        ("config.tracking.group", "gpu17", "config.tracking.group holds the name"),
+        ("failed.save", "no room on GPU17.cluster", "failed.save holds the address"),
         ("config.masks", "C:\\masks", "config.masks holds the path"),
         ("config.masks", "../../masks", "config.masks holds the path"),
         ("command", "python -m experiments.prune masks=/scratch/m", "command holds the path"),
@@ -138,7 +161,8 @@ def test_a_bad_folder_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("config.tracking./home/x", "y", "config.tracking holds the path"),
     ],
 )
-def test_a_doctored_record(tmp_path: Path, where: str, value: Any, told: str) -> None:
+def test_a_doctored_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, value: Any, told: str) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "gpu17.example")
     record = read_record(DASS)
     place(record, where, value)
     assert told in faults(tmp_path, record)
@@ -148,6 +172,12 @@ def test_numbers_of_another_core(tmp_path: Path) -> None:
     record = read_record(DASS)
     record["identity"]["numerics"] += 1
     assert "numerics 2, and this version of 1" in faults(tmp_path, sealed(record))
+
+
+def test_contents_that_are_not_those_of_the_name(tmp_path: Path) -> None:
+    record = read_record(DASS)
+    record["determinants"]["model"]["sha256"] = "0" * 64
+    assert "its model has sha256 b179" in faults(tmp_path, sealed(record))
 
 
 def test_an_equation_that_is_another_here(tmp_path: Path) -> None:
@@ -192,6 +222,22 @@ LENGTH = "evaluation.seq_len=4096"
 def test_beside_published_numbers(tmp_path: Path, perplexity: float, overrides: list[str], told: str) -> None:
     found = faults(tmp_path, paper(perplexity, "model=llama2_7b", *overrides))
     assert told in found if told else found == ""
+
+
+def test_fewer_windows_than_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hub's text has no known number of windows, but all runs of it have the same."""
+    records = [paper(5.47, "model=llama2_7b", f"method={method}") for method in ("dense", "wanda", "dass")]
+    short = records[2]
+    losses = short["windows"] = short["windows"][:30]
+    value = math.exp(np.mean(losses))
+    stderr = value * np.std(losses, ddof=1) / 30**0.5
+    short["metrics"][0] |= {"value": value, "stderr": stderr, "n": 30, "tokens": 30 * short["metrics"][0]["seq_len"]}
+    for record in records:
+        write_record(tmp_path, record)
+    assert not check_folder(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(": ok") for line in lines) == 2
+    assert f"{short['id']}: it has more or fewer windows or items than most of its evaluation" in lines
 
 
 def test_the_command_wants_a_folder_with_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

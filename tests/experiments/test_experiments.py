@@ -23,6 +23,7 @@ from experiments.resolve import check
 from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
 from report.kinds import KINDS
+from report.runs import runs_of
 from tests.experiments.test_prune import ROOT, command, records, setting  # noqa: F401  (a fixture)
 
 PAPER = {  # the paper's models, methods and settings, counted by hand
@@ -187,8 +188,10 @@ def test_methods_are_compared_and_the_model_stays_dense(setting, tmp_path):  # n
     (record,) = records(tmp_path)
     assert record["sparsity"]["targeted"] == 0 and record["sparsity"]["projections"] == {}
     measured = record["diagnostics"]
-    assert set(measured["errors"]) == {"magnitude", "wanda", "sparsegpt", "dass"}
+    assert set(measured["errors"]) == {"magnitude", "wanda", "sparsegpt", "dass", "dass alpha=1.0"}
     assert all(len(values) == 3 for values in measured["errors"]["dass"].values())  # blocks
+    assert set(measured["errors"]["dass"]) == {"gate", "up", "down", "mlp"}
+    assert runs_of([record])  # it is sound
     assert measured["jaccard"]["wanda|dass"]["down"] == [1.0] * 3  # the same rule
     assert measured["errors"]["wanda"]["down"] == measured["errors"]["dass"]["down"]
     assert len(measured["norms"]["cv"]) == 3

@@ -48,17 +48,22 @@ def compare(model, chosen, input_ids):
     for pruner in chosen.values():
         pruner.check(find_blocks(model))
     steps = walk(model, input_ids, partial(comparison_needs, chosen), batch_size=2)
-    return diagnostics([compare_block(chosen, step.block, step.streams) for step in steps])
+    return diagnostics([compare_block(chosen, step.block, step.streams, step.outputs) for step in steps])
 
 
 def inputs_of(model, linear, input_ids):
     """What enters a layer in one plain forward of the whole model, `(tokens, in_features)`."""
+    return passing(model, linear, input_ids)[0]
+
+
+def passing(model, module, input_ids):
+    """What enters a module in one plain forward of the whole model, and what leaves it, `(tokens, features)` each."""
     seen = []
-    hook = linear.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].flatten(0, -2)))
+    hook = module.register_forward_hook(lambda module, given, output: seen.extend((given[0].clone(), output.clone())))
     with torch.no_grad():
         model(input_ids)
     hook.remove()
-    return torch.cat(seen)
+    return [one.flatten(0, -2) for one in seen]
 
 
 @pytest.mark.parametrize("targets", ["mlp", "all"])
@@ -91,6 +96,66 @@ def test_errors_and_overlaps_are_those_of_each_method_alone(pattern, targets):
                 assert by_role[role][index] == pytest.approx(len(a & b) / len(a | b), rel=1e-6)
     assert len(measured["jaccard"]) == 6
     assert measured["jaccard"]["dass|repaired"]["gate"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adds"),
+    [
+        ("llama", "mlp"),
+        ("gemma3", "post_feedforward_layernorm"),
+        ("phi3", "mlp"),
+        ("falcon", "mlp"),  # with biases, and beside attention, which is added to it in place
+        ("mixtral", "mlp"),
+    ],
+)
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+def test_the_error_of_the_whole_mlp_is_that_of_what_it_adds(architecture, adds, targets):
+    """On a quarter of the batches, rounded up: the first of three."""
+    model, input_ids = tiny_model(architecture, torch.float64), random_tokens(6, 40)
+    chosen = pruners(targets=targets)
+    measured = compare(model, chosen, input_ids)["errors"]
+    for index, block in enumerate(find_blocks(model)):
+        place = f"{block.name}.{adds}"
+        dense = passing(model, model.get_submodule(place), input_ids[:2])[1]
+        for name in ("dass", "sparsegpt"):
+            alone = copy.deepcopy(model)
+            only = BlockPruner(chosen[name].method, exclude=rf"\b(?:h|layers)\.(?!{index}\.)")
+            for step in walk(alone, input_ids, partial(comparison_needs, {name: only}), 2):
+                only.prune(step.block, step.streams)
+            lost = dense - passing(alone, alone.get_submodule(place), input_ids[:2])[1]
+            expected = (lost.square().sum() / dense.square().sum()).item()
+            assert 0 < expected < 2
+            assert measured[name]["mlp"][index] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kept_importance_by_hand():
+    model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
+    chosen = pruners()
+    measured = compare(model, chosen, input_ids)["kept"]
+    assert list(measured) == list(chosen) and list(measured["dass"]) == list(MLP_ROLES)
+    mlp = model.model.layers[0].mlp
+    n = inputs_of(model, mlp.down_proj, input_ids).norm(dim=0)
+    for name, pruner in chosen.items():
+        alone = copy.deepcopy(model)
+        masks = prune_model(alone, pruner, input_ids)
+        for role in MLP_ROLES:
+            linear = mlp.get_submodule(f"{role}_proj")
+            x, weight, keep = (
+                inputs_of(model, linear, input_ids),
+                linear.weight,
+                masks[f"model.layers.0.mlp.{role}_proj"].keep,
+            )
+            if name == "magnitude":
+                scores = weight.abs()
+            elif name == "sparsegpt":
+                hessian = x.T @ x
+                damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+                scores = (weight / torch.linalg.cholesky(damped.inverse(), upper=True).diagonal()) ** 2
+            else:
+                scores = weight.abs() * (n if role == "down" else n[:, None] ** 0.5)
+            expected = (scores[keep].sum() / scores.sum()).item()
+            assert 0.5 < expected < 1
+            assert measured[name][role][0] == pytest.approx(expected, rel=1e-9)
 
 
 @torch.no_grad()
@@ -154,20 +219,31 @@ def test_what_a_method_leaves_dense_has_no_number():
     chosen["magnitude"] = BlockPruner(chosen["magnitude"].method, exclude="(gate|up)_proj$")
     chosen["dass"] = BlockPruner(chosen["dass"].method, exclude=r"layers\.1\..*gate")
     measured = compare(tiny_model(), chosen, random_tokens())
-    assert list(measured["errors"]["magnitude"]) == ["down"] == list(measured["jaccard"]["magnitude|dass"])
+    assert list(measured["errors"]["magnitude"]) == ["down", "mlp"]
+    assert list(measured["kept"]["magnitude"]) == ["down"] == list(measured["jaccard"]["magnitude|dass"])
     missing = [value is None for value in measured["errors"]["dass"]["gate"]]
     assert missing == [False, True, False] == [v is None for v in measured["jaccard"]["sparsegpt|dass"]["gate"]]
 
 
-def test_the_norms_are_measured_on_the_intermediate_activations():
+def test_a_block_whose_mlp_a_method_leaves_dense_has_no_error():
+    chosen = {name: BlockPruner(pruner.method, "all") for name, pruner in pruners().items()}
+    chosen["magnitude"] = BlockPruner(chosen["magnitude"].method, "all", r"layers\.1\.mlp")
+    measured = compare(tiny_model(), chosen, random_tokens())["errors"]
+    assert [value is None for value in measured["magnitude"]["mlp"]] == [False, True, False]
+    assert None not in measured["magnitude"]["o"]
+
+
+def test_the_norms_are_measured_on_what_the_mlp_reads():
     model, input_ids = tiny_model(dtype=torch.float64), random_tokens()
     chosen = {name: BlockPruner(pruner.method, exclude="down_proj$") for name, pruner in pruners().items()}
     measured = compare(model, chosen, input_ids)["norms"]
     for index, block in enumerate(find_blocks(model)):
         mlp = model.get_submodule(block.name).mlp
-        n = inputs_of(model, mlp.down_proj, input_ids).square().sum(0).sqrt().numpy()
-        assert measured["cv"][index] == pytest.approx(n.std() / n.mean())
-        assert measured["p90_p10"][index] == pytest.approx(np.percentile(n, 90) / np.percentile(n, 10))
+        x, n = (inputs_of(model, one, input_ids).square().sum(0).sqrt().numpy() for one in (mlp.up_proj, mlp.down_proj))
+        for norms, prefix in ((n, ""), (x, "input_")):
+            assert measured[f"{prefix}cv"][index] == pytest.approx(norms.std() / norms.mean())
+            ratio = np.percentile(norms, 90) / np.percentile(norms, 10)
+            assert measured[f"{prefix}p90_p10"][index] == pytest.approx(ratio)
         shares = [reordered_share(layer.weight, torch.from_numpy(n)) for layer in (mlp.gate_proj, mlp.up_proj)]
         assert measured["reordered"][index] == pytest.approx(np.mean(shares))
 
@@ -189,15 +265,17 @@ def test_uniform_norms_reorder_nothing_and_silent_neurons_give_no_ratio():
     block = find_blocks(tiny_model())[0]
 
     def spread(norms):
-        stream = InputStream(64, torch.float32, torch.device("cpu"), False)
-        stream.add(norms[None])
-        return norm_spread(block, {"intermediate": stream})
+        streams = {}
+        for reads, own in (("intermediate", norms), ("mlp input", norms[:32])):
+            streams[reads] = InputStream(len(own), torch.float32, torch.device("cpu"), False)
+            streams[reads].add(own[None])
+        return norm_spread(block, streams)
 
     uniform = spread(torch.full((64,), 3.0))
-    assert (uniform.cv, uniform.p90_p10, uniform.reordered) == (0, 1, 0)
+    assert (uniform.cv, uniform.p90_p10, uniform.reordered, uniform.input_cv, uniform.input_p90_p10) == (0, 1, 0, 0, 1)
     assert spread(torch.arange(64.0).sub(20).relu()).p90_p10 is None
     silent = spread(torch.zeros(64))
-    assert (silent.cv, silent.p90_p10, silent.reordered) == (None, None, 0)
+    assert (silent.cv, silent.p90_p10, silent.reordered, silent.input_cv) == (None, None, 0, None)
 
 
 def test_json_takes_what_a_dead_block_leaves():
@@ -206,6 +284,7 @@ def test_json_takes_what_a_dead_block_leaves():
     torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
     measured = compare(model, pruners(), random_tokens())
     assert measured["errors"]["dass"]["down"][1] is None and measured["norms"]["cv"][1] is None
+    assert measured["errors"]["dass"]["mlp"][1] is None and measured["kept"]["dass"]["gate"][1] is None
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
 
 
