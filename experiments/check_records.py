@@ -25,8 +25,9 @@ from experiments.fingerprint import assembled, model_identity, text_identity, te
 from experiments.private import private_in
 from experiments.report import ReportConfig, report
 from experiments.resolve import Plan, check
+from report.reading import runs_of
 from report.rows import differing, read_published
-from report.runs import AS_PUBLISHED, Run, runs_of
+from report.runs import AS_PUBLISHED, Run
 
 NEAR = 0.02  # a dense perplexity may differ by so much, as a share, from a published one
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -26,8 +26,9 @@ from report.figures import write_figure
 from report.grid import to_latex, to_markdown
 from report.kinds import Material, find_kind
 from report.page import page_path, render_page
+from report.reading import planned_runs, runs_of
 from report.rows import beyond_noise, comparison, read_published
-from report.runs import Run, planned_runs, runs_of
+from report.runs import Run
 from report.site import write_site
 
 

@@ -19,7 +19,8 @@ from dass.manifests import Manifest
 from report.diagnostics import diagnostics_frame
 from report.grid import marked, number
 from report.predictors import Measured, blocks_frame, correlation
-from report.runs import Run, planned_runs
+from report.reading import planned_runs
+from report.runs import Run
 from report.tables import Difference, cells_of, find, paired_difference, unbeaten
 
 SUFFIX = ".template.md"

@@ -18,7 +18,8 @@ from dass.records import write_atomically
 from report.figures import write_figure
 from report.grid import MISSING, Grid
 from report.kinds import Material, find_kind
-from report.runs import Run, planned_runs
+from report.reading import planned_runs
+from report.runs import Run
 from report.words import calibration_words, evaluation_words, machine_words, model_words
 
 TEMPLATE = "site.html.j2"

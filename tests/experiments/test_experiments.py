@@ -23,7 +23,7 @@ from experiments.resolve import check
 from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
 from report.kinds import KINDS
-from report.runs import runs_of
+from report.reading import runs_of
 from tests.experiments.test_prune import ROOT, command, records, setting  # noqa: F401  (a fixture)
 
 PAPER = {  # the paper's models, methods and settings, counted by hand

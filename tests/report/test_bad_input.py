@@ -20,8 +20,9 @@ from dass.records import read_record, read_records
 from experiments.report import ReportConfig, report
 from report.grid import to_latex, to_markdown
 from report.kinds import KINDS, Material
+from report.reading import planned_runs, runs_of
 from report.rows import COLUMNS, read_published
-from report.runs import Run, planned_runs, runs_of
+from report.runs import Run
 from tests.report.records import losses, make_record, write_example
 
 ROOT = Path(__file__).parents[2]

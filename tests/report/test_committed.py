@@ -9,7 +9,7 @@ from dass.records import read_records
 from experiments import report as app
 from experiments.report import ReportConfig, report
 from report.page import page_path, render_page
-from report.runs import runs_of
+from report.reading import runs_of
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "results" / "runs"

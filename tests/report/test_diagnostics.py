@@ -14,8 +14,8 @@ from report.grid import to_latex
 from report.kinds import KINDS, Material
 from report.page import render_page
 from report.predictors import PREDICTORS, blocks_frame, correlation
+from report.reading import runs_of
 from report.rows import read_published
-from report.runs import runs_of
 from tests.report.records import identify, make_record, plan
 
 ROLES = ("gate", "up", "down")

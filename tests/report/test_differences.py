@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from report.runs import runs_of
+from report.reading import runs_of
 from report.tables import Difference, cells_of, find, paired_difference
 from tests.report.records import identify, losses, make_record
 

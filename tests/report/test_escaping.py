@@ -8,8 +8,8 @@ import pytest
 
 from report.grid import Grid, to_latex, to_markdown
 from report.kinds import KINDS, Material
+from report.reading import runs_of
 from report.rows import read_published
-from report.runs import runs_of
 from tests.report.records import losses, make_record
 
 NAMES = [

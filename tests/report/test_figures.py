@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from dass.records import read_records
 from report.figures import METHOD_STYLE, perplexity_figure, row_styles, write_figure
-from report.runs import runs_of
+from report.reading import runs_of
 from report.tables import cells_of
 from tests.report.records import losses, make_record, write_example
 

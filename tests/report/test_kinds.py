@@ -10,8 +10,8 @@ from dass.errors import DassError
 from report.figures import difference_figure
 from report.grid import MISSING, to_latex, to_markdown
 from report.kinds import KINDS, Material, find_kind
+from report.reading import missing_run, runs_of
 from report.rows import read_published
-from report.runs import missing_run, runs_of
 from report.tables import cells_of
 from tests.report.records import identify, losses, make_record
 

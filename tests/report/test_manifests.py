@@ -6,7 +6,7 @@ import pytest
 
 from dass.errors import DassError
 from dass.manifests import read_manifest, read_manifests, write_manifest
-from report.runs import planned_runs, runs_of
+from report.reading import planned_runs, runs_of
 from tests.report.records import losses, make_record, plan
 
 RECORDS = [make_record("w", "wanda", losses(0.2)), make_record("d", "dass", losses(0.1))]

@@ -6,7 +6,7 @@ from scipy import stats
 
 from report.kinds import KINDS
 from report.orders import gain, order_frame, variances
-from report.runs import runs_of
+from report.reading import runs_of
 from report.tables import cells_of, find
 from tests.report.records import identify, losses, make_record
 from tests.report.test_kinds import drawn, material, rows_of

@@ -9,7 +9,7 @@ from dass.errors import DassError
 from dass.manifests import read_manifests
 from dass.records import read_records
 from report.page import page_path, render_page, require, verdict
-from report.runs import runs_of
+from report.reading import runs_of
 from report.tables import Difference
 from tests.report.records import losses, write_example
 

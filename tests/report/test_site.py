@@ -16,8 +16,8 @@ from dass.manifests import read_manifests
 from dass.records import read_records
 from experiments.report import main
 from report import site
+from report.reading import runs_of
 from report.rows import read_published
-from report.runs import runs_of
 from report.site import write_site
 from tests.report.records import losses, make_record, plan, write_example, write_record
 

@@ -12,8 +12,9 @@ import pytest
 
 from dass.records import read_records, write_record
 from report import grid
+from report.reading import missing_run, runs_of
 from report.rows import beyond_noise, comparison, perplexity_grid, side_by_side
-from report.runs import DENSE, Pattern, Run, frame_of, missing_run, runs_of
+from report.runs import DENSE, Pattern, Run, frame_of
 from report.tables import cells_of
 from tests.report.records import identify, losses, make_record, write_example
 
