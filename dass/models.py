@@ -145,8 +145,15 @@ def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
 
 
 def memory_needed(source: str, revision: str | None, dtype: str, device: torch.device) -> tuple[int, int]:
-    """Bytes of a model's weights, and a half more for what is made of them, of activations; and what is free."""
-    weights = stored_tensors(model_folder(source, revision)).values()
+    """Bytes of a model's weights, and a half more for what is made of them, of activations; and what is free.
+
+    Raises:
+        DassError: as `load_model`, where the files tell without being read.
+    """
+    folder = model_folder(source, revision)
+    require_weights(folder)
+    require_supported(load_config(str(folder), None))
+    weights = stored_tensors(folder).values()
     size = torch.empty(0, dtype=DTYPES[dtype]).element_size() * sum(math.prod(one.shape) for one in weights)
     if device.type == "cuda":
         return size + size // 2, torch.cuda.mem_get_info(device)[0]
