@@ -5,10 +5,8 @@ python -m experiments.prune -m method=dense,magnitude,wanda,sparsegpt,dass spars
 python -m experiments.prune -m experiment=table1_perplexity scale=small
 """
 
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from dass.checkpoint import require_contents
+from dass.claims import Claim
 from dass.data.calibration import calibration_tokens, facts_of
 from dass.data.sources import SOURCES
 from dass.data.tokens import require_in_vocabulary, require_positions
@@ -37,7 +36,7 @@ from dass.records import (
     require_writable,
     write_record,
 )
-from dass.resume import LOSSES, STATE, Kept
+from dass.resume import Kept
 from dass.saving import round_to
 from dass.sparsity import require_own_masks
 from dass.stages import Stages, release_freed_memory
@@ -49,12 +48,13 @@ from experiments.notes import note_idle
 from experiments.outputs import command_of, destination, is_written, save, write_metrics
 from experiments.public import public, public_text
 from experiments.resolve import Plan, check, loads
+from experiments.scratch import claimed_run, scratch_folder
 from experiments.walked import Log, Walked, counted, prune
-from report.runs import runs_of
+from report.reading import runs_of
 
 
 def main(config: DictConfig) -> str | None:
-    """Run what the composed config says, unless its record exists; returns the run's identity."""
+    """Run what the composed config says, unless its record exists; returns its identity, or None if it is to come."""
     plan = check(config)
     if HydraConfig.initialized():  # of an experiment's own settings, each is there for some of its runs
         given = {argument.partition("=")[0] for argument in sys.argv[1:]}
@@ -68,16 +68,20 @@ def main(config: DictConfig) -> str | None:
         if folder is not None:
             require_writable(Path(folder))
     label = f"{label_of(plan)} {plan.run_id}"
-    if not plan.config.rerun and is_done(plan):
-        print(f"{label}: already done, skipping: {record_path(results_dir, plan.run_id)} (rerun=true runs it again)")
+    if is_skipped(plan, label):
         return plan.run_id
     if plan.config.save_model is not None:
         require_own_folder(destination(plan.config.save_model, plan.run_id))
     if plan.config.masks is not None:
         require_own_masks(destination(plan.config.masks, plan.run_id))
     advice = "set a smaller `batch_size` or `calibration.n_sequences`, or use a larger GPU"
-    with told("The GPU's memory does not suffice", advice, torch.OutOfMemoryError):
-        run_and_record(plan, label)
+    with claimed_run(results_dir, plan.run_id) as claim:
+        if claim is None:
+            print(f"{label}: another process is at it, so it comes after the others")
+            return None
+        if not is_skipped(plan, label):
+            with told("The GPU's memory does not suffice", advice, torch.OutOfMemoryError):
+                run_and_record(plan, label, claim)
     return plan.run_id
 
 
@@ -100,6 +104,15 @@ def label_of(plan: Plan) -> str:
     return " ".join([plan.config.model.name, plan.config.method["name"], *patterns, *orders])
 
 
+def is_skipped(plan: Plan, label: str) -> bool:
+    """Whether a run is left out because it is done, which is said."""
+    if plan.config.rerun or not is_done(plan):
+        return False
+    path = record_path(Path(plan.config.results_dir), plan.run_id)
+    print(f"{label}: already done, skipping: {path} (rerun=true runs it again)")
+    return True
+
+
 def is_done(plan: Plan) -> bool:
     """Whether the record is there and sound, and the model and masks that are asked for are there and whole."""
     try:
@@ -109,11 +122,16 @@ def is_done(plan: Plan) -> bool:
     return not record["failed"] and bool(runs_of([record])) and is_written(plan, record)
 
 
-def run_and_record(plan: Plan, label: str) -> None:
+def run_and_record(plan: Plan, label: str, claim: Claim) -> None:
     """Run, record what was measured, print the outcome in one line; then raise what saving or evaluating raised."""
     tracked = track(**vars(plan.config.tracking), run_id=plan.run_id, config=public(plan.composed))
-    with tracked as mirror, scratch_folder(plan) as scratch:
-        record, problems = run(plan, mirror.log, scratch)
+    with tracked as mirror, scratch_folder(Path(plan.config.results_dir), plan.run_id, claim) as scratch:
+
+        def log(values: dict[str, float]) -> None:
+            claim.require()
+            mirror.log(values)
+
+        record, problems = run(plan, log, scratch)
         path = write_record(Path(plan.config.results_dir), record)
         log_record(mirror, record)
         values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
@@ -203,29 +221,6 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             problems += attempt(record, "save", partial(write_metrics, plan, source, record))
     require_unchanged(plan)
     return record, problems
-
-
-@contextmanager
-def scratch_folder(plan: Plan) -> Iterator[Path]:
-    """Where a run keeps what it goes on from if it is killed, and what is too large for the memory.
-
-    It goes when the run is done, or fails as it would again; so do those of runs that are done by now.
-    """
-    results = Path(plan.config.results_dir)
-    for other in results.glob(".*"):
-        if record_path(results, other.name[1:]).is_file() and other.name[1:] != plan.run_id:
-            shutil.rmtree(other, ignore_errors=True)
-    folder = results / f".{plan.run_id}"
-    try:
-        yield folder
-    except (SystemExit, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
-        if not any((folder / name).is_file() for name in (STATE, LOSSES)):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(plan: Plan, source: str, scratch: Path) -> tuple[PreTrainedModel, Shelf | None]:

@@ -51,7 +51,10 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grids", node=GridsConf
 
 
 class GridsSweeper(Sweeper):
-    """Launches all the jobs of all the grids together, lets every one run, and lists those that failed."""
+    """Launches all the jobs of all the grids together, lets every one run, and lists those that failed.
+
+    What another process is at comes once more at the end, and waits then.
+    """
 
     def __init__(self, grids: list[Grid], scales: dict[str, list[Grid]], scale: str | None) -> None:
         """The values of `GridsConf`."""
@@ -74,13 +77,20 @@ class GridsSweeper(Sweeper):
                 raise HydraException(f"{argument}: one experiment at one scale is a sweep; give one after the other.")
         jobs = jobs_of(self.grids, self.scales.get(self.scale or "", [{}]), arguments)
         self.validate_batch_is_legal(jobs)
-        from experiments.sweep import finish_sweep, plan_sweep, write_sweep  # late: Hydra scans all plugins
+        from experiments.scratch import LATER  # late: Hydra scans all plugins
+        from experiments.sweep import finish_sweep, plan_sweep, write_sweep
 
         folder, manifest = Path(self.config.get("results_dir", ".")), plan_sweep(self.config, jobs, arguments)
         if manifest is not None:
             write_sweep(folder, manifest)
-        results = self.launcher.launch(jobs, initial_job_idx=0)
+        results = list(self.launcher.launch(jobs, initial_job_idx=0))
         if manifest is not None:
+            busy = [
+                i for i, one in enumerate(results) if one.status == JobStatus.COMPLETED and one.return_value is None
+            ]
+            again = [[*jobs[index], f"+hydra.job.env_set.{LATER}=1"] for index in busy]
+            for index, result in zip(busy, self.launcher.launch(again, len(jobs)) if again else [], strict=True):
+                results[index] = result
             path = finish_sweep(folder, manifest, results)
             print(f"report: python -m experiments.report manifest={path}", flush=True)
         failed = [result for result in results if result.status != JobStatus.COMPLETED]

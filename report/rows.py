@@ -11,7 +11,7 @@ import pandas as pd
 from dass.errors import DassError, told
 from dass.records import paths_in
 from report.grid import MISSING, Grid, grid_of, marked, number, recorded
-from report.items import TOLD, Pairing, pairing_of
+from report.items import TOLD, pairing_of
 from report.runs import Run
 from report.tables import WIN, find, labels_of, paired_difference
 from report.words import facts_of, machine_words, model_words
@@ -42,10 +42,14 @@ TIME_LEGEND = (
 )
 ACCURACY_LEGEND = (
     "Accuracy in %, 0-shot, ± one standard error over items. Δ mean: difference of the mean to Wanda's, with the "
-    "standard error of the paired difference over items; ≈: within two of them, no win. Won, lost: items that are "
-    "right here and wrong with Wanda, and the reverse. Bold: the highest mean of a pattern and every other within two "
-    "standard errors of it. N:M masks are those of the named orders of the neurons; by how much other orders would "
-    f"change an accuracy is in no ±. {MISSING}: not run."
+    "standard error of the paired difference over items; ≈: within two of them, no win. Bold: the highest mean of a "
+    "pattern and every other within two standard errors of it. N:M masks are those of the named orders of the neurons; "
+    f"by how much other orders would change an accuracy is in no ±. {MISSING}: not run."
+)
+NEEDED = (
+    f"the least n of each task by which {TOLD:g} points of the mean are told from zero, from sum(s^2 / min(n, N)) = "
+    f"(T × {TOLD / WIN:g} point)^2 over T tasks, s^2 being the variance of the paired differences of a task's items, "
+    "N its whole set; won: items that are right here and wrong with Wanda, lost: the reverse"
 )
 PUBLISHED_LEGEND = (
     "A published number is comparable where data, sequence length and pruned projections agree (the dense model prunes "
@@ -164,39 +168,32 @@ def time_grid(table: pd.DataFrame) -> Grid:
 def zero_shot_grid(table: pd.DataFrame) -> Grid:
     """Accuracies, all on the same items; and how many of them a difference to Wanda needs."""
     sizes = {task: metric["n"] for runs in table.runs for run in runs for task, metric in run.accuracies.items()}
-    wanda = {cell.pattern: cell.runs for cell in table[table.is_reference].itertuples()}
-    others = table[~table.is_reference & table.pattern.isin(wanda)]
-    pairings = {cell.Index: pairing_of(cell.runs, wanda[cell.pattern]) for cell in others.itertuples()}
 
     def row(cell: Any) -> dict[str, str]:
         found, shown = [run.accuracies for run in cell.runs], {}
         for task, n in sizes.items():
             value, stderr = (100 * _mean(found, task, key) for key in ("value", "stderr"))
             shown[f"{task} (n = {n})"] = number(value, ".1f", stderr)
-        shown["Δ mean to Wanda"] = to_reference(cell, "+.1f")
-        pairing = pairings.get(cell.Index)
-        return shown | {"Won, lost": f"{pairing.won}, {pairing.lost}" if pairing else MISSING}
+        return shown | {"Δ mean to Wanda": to_reference(cell, "+.1f")}
 
     gained = table.assign(delta=[lost and -lost for lost in table.delta])
     title = f"Zero-shot accuracy of {table.facts.iloc[0]['model']}"
     bold = f"mean (n = {sizes['mean']})" if sizes else None
     facts = _facts(table, "evaluation", "orders")
-    needed = {f"{table.label[index]} {table.pattern[index]}": found for index, found in pairings.items() if found}
-    if needed:
-        facts["items needed"] = needed_words(needed)
+    if pairings := _pairings(table):
+        facts["items needed"] = f"{', '.join(pairings)}; {NEEDED}"
     return grid_of(title, gained, row, facts, ACCURACY_LEGEND, bold)
 
 
-def needed_words(pairings: dict[str, Pairing]) -> str:
-    """How many items of each task tell the difference of a row to Wanda, and by which formula."""
-    numbers = [
-        f"{name} {'more than there are' if one.needed is None else one.needed}" for name, one in pairings.items()
-    ]
-    return (
-        f"{', '.join(numbers)}; the least n of each task by which {TOLD:g} points of the mean are told from zero: "
-        f"sum(s^2 / min(n, N)) = (T × {TOLD / WIN:g} point)^2 over T tasks, s^2 being the variance of the paired "
-        f"differences of a task's items and N its whole set"
-    )
+def _pairings(table: pd.DataFrame) -> list[str]:
+    """Of each cell beside its Wanda how many items of each task are needed, and how many made the difference."""
+    wanda = {cell.pattern: cell.runs for cell in table[table.is_reference].itertuples()}
+    found = []
+    for cell in table[~table.is_reference].itertuples():
+        if pairing := pairing_of(cell.runs, wanda.get(cell.pattern, [])):
+            needed = "more than there are" if pairing.needed is None else pairing.needed
+            found.append(f"{cell.label} {cell.pattern} {needed} ({pairing.won} won, {pairing.lost} lost)")
+    return found
 
 
 def read_published(folder: Path) -> pd.DataFrame:

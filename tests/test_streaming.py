@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dass import NM, BlockPruner, Method
 from dass.errors import DassError
 from dass.evaluation.perplexity import perplexity
 from dass.models import load_model
-from dass import NM, BlockPruner, Method
 from dass.pruning.layout import find_blocks
 from dass.pruning.walk import walk
 from dass.saving import round_to, rounding, save_model

@@ -21,7 +21,7 @@ from dass.pruning.blocks import Hold
 from dass.resume import Kept
 
 ZERO_SHOT: dict[str, Source] = {"zero_shot": "hub", "zero_shot_packaged": "packaged", "zero_shot_folder": "folder"}
-ZERO_SHOT_TOKENS = 128  # of a request, about: what a batch size is reckoned from
+ZERO_SHOT_TOKENS = 64  # of a choice, about, with its share of the context: what a batch size is reckoned from
 
 
 @dataclass(frozen=True)

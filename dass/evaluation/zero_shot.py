@@ -8,6 +8,7 @@ of the highest log-likelihood (nats), acc_norm that of the highest per character
 import contextlib
 import copy
 import io
+import itertools
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ from dass.data import assets
 from dass.data.texts import JSON, existing_file, read_json
 from dass.data.tokens import Bos, Tokenizer, encode, require_in_vocabulary, require_positions, windows_of
 from dass.errors import DassError, told
+from dass.evaluation.likelihood import Choice, log_likelihoods
 
 STOCK = {
     "piqa": ("piqa/piqa.yaml", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
@@ -186,7 +188,7 @@ def zero_shot(
 
     Args:
         tasks: from `zero_shot_tasks`.
-        batch_size: choices at a time; their logits over the vocabulary exist together.
+        batch_size: choices at a time, at least those of an item; their logits over the vocabulary exist together.
         bos: whether a prompt begins with a BOS: as the tokenizer does, always (`per_sequence`), never.
 
     Raises:
@@ -206,12 +208,17 @@ def zero_shot(
             noted = noted or require_positions(model, len(prompt) - 1, "Some zero-shot items")
         return prompt
 
+    def scored(requests: list[Any]) -> list[tuple[float, bool]]:
+        by_item = itertools.groupby(requests, lambda request: (request.task_name, request.doc_id))
+        items = [[Choice(*lm._encode_pair(*request.args)) for request in own] for _, own in by_item]
+        found = log_likelihoods(model, items, batch_size)
+        return [(value, False) for values in found for value in values]  # no task asks what greedy decoding says
+
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with _quiet(), bars:
-        # HFLM gives its tokenizer a padding token. The log-softmax is in fp32, as in perplexity, and no item is cut.
-        own = {"tokenizer": copy.deepcopy(tokenizer), "softmax_dtype": "float32", "max_length": sys.maxsize}
-        lm = HFLM(pretrained=model, batch_size=batch_size, **own)
+        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer))  # it gives its tokenizer a padding token
         lm.tok_encode = prompt_tokens  # its own cannot force a BOS
+        lm.loglikelihood = scored  # its own runs the context of an item once for each choice
         samples = evaluate(lm, {"tasks": tasks}, bootstrap_iters=0)["samples"]
     metrics = []
     for name in tasks:

@@ -35,7 +35,8 @@ LONG = "[" * 100_000 + "]" * 100_000
 
 def real(manifest: str) -> list[dict[str, Any]]:
     """Committed records of a sweep: the first, and two that read calibration tokens."""
-    first, *others = read_manifest(RECORDS / "manifests" / f"{manifest}.json").runs
+    runs = read_manifest(RECORDS / "manifests" / f"{manifest}.json").runs
+    first, *others = (run for run in runs if (RECORDS / f"{run.fingerprint}.json").is_file())
     chosen = [first, *(run for run in others if run.calibrates)][:3]
     return [read_record(RECORDS / f"{run.fingerprint}.json") for run in chosen]
 

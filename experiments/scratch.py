@@ -1,0 +1,54 @@
+"""What a run has for itself while it is at work: the claim that nobody else does it, and a folder."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from dass.claims import Claim, claimed
+from dass.records import record_path
+from dass.resume import LOSSES, STATE
+
+LATER = "DASS_LATER"
+"""A variable of the environment of those runs of a sweep that are launched once more, when the others are through."""
+
+
+def claimed_run(results_dir: Path, run_id: str) -> AbstractContextManager[Claim | None]:
+    """The claim on a run, waited for; None where a sweep can do its other runs before."""
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return claimed(_claim_path(results_dir, run_id), wait=not sweeping or LATER in os.environ)
+
+
+@contextmanager
+def scratch_folder(results_dir: Path, run_id: str, claim: Claim) -> Iterator[Path]:
+    """Where a run keeps what it goes on from if it is killed, and what is too large for the memory.
+
+    It goes when the run is done, or fails as it would again; so do those of runs that are done by now.
+    """
+    for other in {path.name[1:].partition(".")[0] for path in results_dir.glob(".*")} - {run_id}:
+        if record_path(results_dir, other).is_file():
+            with claimed(_claim_path(results_dir, other), wait=False) as free:
+                if free is not None:
+                    shutil.rmtree(_folder(results_dir, other), ignore_errors=True)
+    folder, goes_on = _folder(results_dir, run_id), False
+    try:
+        yield folder
+    except (SystemExit, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        goes_on = any((folder / name).is_file() for name in (STATE, LOSSES))
+        raise
+    finally:
+        if not (goes_on or claim.lost):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(results_dir: Path, run_id: str) -> Path:
+    return results_dir / f".{run_id}"
+
+
+def _claim_path(results_dir: Path, run_id: str) -> Path:
+    return results_dir / f".{run_id}.claim"
