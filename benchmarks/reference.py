@@ -24,7 +24,7 @@ def reference_walk(model: PreTrainedModel, input_ids: Tensor, method: str, n: in
         n: weights kept
         m: of so many consecutive ones.
     """
-    entering = enter_first_block(model, find_blocks(model), input_ids, 1)
+    entering = enter_first_block(model, find_blocks(model), input_ids.split(1))
     inputs, keywords = torch.cat(entering.batches), entering.calls[0][0].keywords
     outputs = torch.zeros_like(inputs)
     for block in model.model.layers:

@@ -109,7 +109,7 @@ def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -
     """
     blocks = find_blocks(model)
     with torch.no_grad():
-        activations = enter_first_block(model, blocks, input_ids, batch_size)
+        activations = enter_first_block(model, blocks, input_ids.to(model.device).split(batch_size))
 
     @torch.no_grad()
     def work() -> None:

@@ -132,7 +132,7 @@ def test_a_dry_run_prints_every_run_and_loads_nothing(tmp_path):
     lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
     assert len(lines) == 2 * (13 + 4 * 2 * 3)
     assert len({line.split()[0] for line in lines}) == len(lines)
-    assert sum("meta-llama/Llama-2-70b-hf @ 3aba440b" in line for line in lines) == 13
+    assert sum("meta-llama/Llama-2-70b-hf @ 3aba440b" in line for line in lines) == 13 + 4 * 2 * 3
     assert any("llama2_70b dass 4:8: model" in line and "128 x 2048 tokens" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
