@@ -8,7 +8,7 @@ EXPERIMENTS := table1 table-glu-variants table-zero-shot ablation-alpha ablation
 	ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pins reproduce $(EXPERIMENTS) table-scale experiments tables site train-tiny test \
+.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale experiments tables site train-tiny test \
 	test-slow lint format benchmark benchmark-memory benchmark-gpu
 
 help: ## list the targets
@@ -21,6 +21,12 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $(READY)
+
+setup-slurm: $(READY) ## add what hydra/launcher=slurm needs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'submitit>=1.5'
+
+setup-ray: $(READY) ## add what hydra/launcher=ray needs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray>=2.50'
 
 pins: ## pin what pyproject.toml asks for, with uv; what is pinned stays, unless UPGRADE=--upgrade
 	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --extra dev --extra slurm $(UPGRADE) \

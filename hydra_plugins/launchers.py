@@ -155,9 +155,9 @@ class RayLauncher(SideBySide):
         ray = _package("ray", "ray")
         try:
             ray.init(ignore_reinit_error=True, **self.settings["ray"]["init"])
-        except ConnectionError as error:
+        except ConnectionError:
             advice = "start one by `ray start --head`, or set hydra.launcher.ray.init.address=local"
-            raise HydraException(f"There is no Ray cluster: {advice}.") from error
+            raise HydraException(f"There is no Ray cluster: {advice}.") from None  # the cause would be told instead
         run = ray.remote(**self.settings["ray"]["remote"])(_call)
         for one in [run.remote(job) for job in jobs]:
             yield _outcome(partial(ray.get, one))
@@ -177,5 +177,5 @@ def _outcome(result: Callable[[], JobReturn]) -> JobReturn | Exception:
 def _package(name: str, extra: str) -> Any:
     try:
         return __import__(name)
-    except ImportError as error:
-        raise HydraException(f"hydra/launcher={extra} needs the package {name}: `make setup-{extra}`.") from error
+    except ImportError:
+        raise HydraException(f"hydra/launcher={extra} needs the package {name}: `make setup-{extra}`.") from None
