@@ -43,6 +43,8 @@ class State(BaseModel):
     """Of the caller."""
     files: dict[str, str]
     """SHA-256 by name."""
+    by: str
+    """What it was computed by; see `Kept`."""
 
 
 class Losses(BaseModel):
@@ -53,6 +55,7 @@ class Losses(BaseModel):
     size: int
     """Windows at a time."""
     losses: list[float]
+    by: str
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Kept:
     """The folder of a run, and when it was written last."""
 
     folder: Path
+    by: str
+    """What computes here: machine, packages, commit. Another's roundings differ, and are not gone on with."""
     state: State | None = None
     """What was found there, whole."""
     _since: float = field(default_factory=lambda: time.perf_counter())
@@ -68,7 +73,10 @@ class Kept:
 
     def __post_init__(self) -> None:
         """Look for what an earlier process left."""
-        self.state = _read(self.folder)
+        self.state = _read(self.folder, self.by)
+        if self.state is None and (self.folder / STATE).is_file():
+            self.forget()
+            return
         self._started = self._since - (self.state.seconds if self.state is not None else 0.0)
         self._files = {} if self.state is None else dict(self.state.files)
 
@@ -81,7 +89,7 @@ class Kept:
         """Of the windows that an earlier process scored, so many at a time."""
         try:
             found = Losses.model_validate_json(_checked(self.folder / LOSSES))
-            return found.losses if found.size == size else []
+            return found.losses if (found.size, found.by) == (size, self.by) else []
         except (OSError, ValueError):
             return []
 
@@ -90,12 +98,14 @@ class Kept:
         if time.perf_counter() - self._since >= EVERY:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _write_checked(self.folder / LOSSES, Losses(size=size, losses=losses).model_dump_json())
+                _write_checked(self.folder / LOSSES, Losses(size=size, losses=losses, by=self.by).model_dump_json())
             self._since = time.perf_counter()
 
     def forget(self) -> None:
-        """Begin anew: what is there does not fit this process."""
+        """Begin anew: what is there does not fit this process, nor do the losses of what came of it."""
         self.state, self._files, self._started = None, {}, self._since
+        for name in (STATE, LOSSES):
+            (self.folder / name).unlink(missing_ok=True)
 
     def restore(self, block: Block) -> None:
         """Give a finished block, in memory, the weights that it had."""
@@ -156,7 +166,7 @@ class Kept:
             path = self.folder / TENSORS.format(index)
             _save(tensors, path)
             files[path.name] = file_sha256(path)
-        state = State(next=index, seconds=time.perf_counter() - self._started, facts=facts, files=files)
+        state = State(next=index, seconds=time.perf_counter() - self._started, facts=facts, files=files, by=self.by)
         _write_checked(self.folder / STATE, state.model_dump_json())
         self._files = files
         for path in self.folder.glob(TENSORS.format("*")):
@@ -164,18 +174,20 @@ class Kept:
                 path.unlink()
 
 
-def _read(folder: Path) -> State | None:
-    """How far a run has come, or None where nothing can be believed; a note where something was there."""
-    path = folder / STATE
+def _read(folder: Path, by: str) -> State | None:
+    """How far a run has come, or None where nothing can be gone on with; a note where something was there."""
+    path, why = folder / STATE, "is damaged"
     try:
         if not path.is_file():
             return None
         state = State.model_validate_json(_checked(path))
         if all(Path(name).name == name and file_sha256(folder / name) == of for name, of in state.files.items()):
-            return state
+            if state.by == by:
+                return state
+            why = "is of another machine or version"
     except (OSError, ValueError, DassError):  # any bytes may be there
         pass
-    print(f"note: what an earlier run left in {folder} is damaged, so it begins anew", file=sys.stderr)
+    print(f"note: what an earlier run left in {folder} {why}, so it begins anew", file=sys.stderr)
     return None
 
 

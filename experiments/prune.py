@@ -29,6 +29,7 @@ from dass.models import load_model, load_tokenizer, memory_needed, model_folder,
 from dass.pruning.comparison import diagnostics
 from dass.records import (
     git_state,
+    identity_of,
     machine_description,
     package_versions,
     read_record,
@@ -176,7 +177,8 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             require_in_vocabulary(tokens, vocabulary, what)
             require_positions(model, tokens.shape[1], what)
 
-    kept = Kept(scratch)
+    machine, versions, git = machine_description(plan.device), package_versions(), git_state()
+    kept = Kept(scratch, identity_of({"machine": machine, "versions": versions, "git": git}))
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
     if plan.pruners:
         with stages.measure("pruning"):
@@ -194,9 +196,9 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         "determinants": plan.fingerprint.parts,
         "command": command_of(),
         "config": public(plan.composed) | {"resolved": {"dtype": plan.dtype, "batch_size": walked.batch_size}},
-        "git": git_state(),
-        "versions": package_versions(),
-        "machine": machine_description(plan.device),
+        "git": git,
+        "versions": versions,
+        "machine": machine,
         "stages": stages.as_dict(),
         "sparsity": counted(plan, model, shelf, walked),
         "metrics": [],

@@ -69,7 +69,7 @@ def prune(
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
     walked = Walked(batch_size=size)
     needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
-    start = _goes_on(walked, blocks, shelf, kept)
+    start = _goes_on(walked, blocks, shelf, kept, config.masks is not None)
     bar = progress(None, "pruning", "block", len(blocks))
     bar.update(start[0])
     writes = rounding(model, str(stored).removeprefix("torch."))
@@ -104,9 +104,8 @@ def prune(
 
 def _facts(walked: Walked) -> dict[str, Any]:
     """What a run that goes on must know of the blocks that are finished, beside tensors."""
-    return {"batch_size": walked.batch_size, "projections": walked.projections, "rare": walked.rare} | {
-        "masks": walked.masks.about
-    }
+    facts = {name: getattr(walked, name) for name in ("batch_size", "projections", "rare")}
+    return facts | {"masks": walked.masks.about}
 
 
 def _tensors(walked: Walked, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -115,16 +114,19 @@ def _tensors(walked: Walked, batches: list[torch.Tensor]) -> dict[str, torch.Ten
     return found | {f"mask {name}": bits for name, bits in walked.masks.bits.items()}
 
 
-def _goes_on(walked: Walked, blocks: list[Block], shelf: Shelf | None, kept: Kept) -> tuple[int, list[torch.Tensor]]:
+def _goes_on(
+    walked: Walked, blocks: list[Block], shelf: Shelf | None, kept: Kept, keeps_masks: bool
+) -> tuple[int, list[torch.Tensor]]:
     """Bring back what an earlier run has finished; returns the index of the next block, and what enters it."""
-    state = kept.state
-    if state is not None and state.facts["batch_size"] != walked.batch_size:
+    facts = {} if kept.state is None else kept.state.facts
+    lacks_masks = keeps_masks and facts.get("masks", {}).keys() != facts.get("projections", {}).keys()
+    if kept.state is not None and (facts["batch_size"] != walked.batch_size or lacks_masks):
+        print("note: an earlier run was stopped, but with another batch_size or no masks: begins anew", file=sys.stderr)
         kept.forget()
     if (state := kept.state) is None:
         return 0, []
     tensors = kept.tensors(state)
-    walked.projections, walked.rare = state.facts["projections"], state.facts["rare"]
-    walked.masks.about = state.facts["masks"]
+    walked.projections, walked.rare, walked.masks.about = facts["projections"], facts["rare"], facts["masks"]
     walked.masks.bits = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("mask ")}
     for block in blocks[: state.next]:
         if shelf is None:

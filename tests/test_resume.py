@@ -140,6 +140,34 @@ def test_another_batch_size_begins_anew(setting, tmp_path, monkeypatch, capsys, 
     assert records(tmp_path / "other")[0]["config"]["resolved"]["batch_size"] == 3
 
 
+def test_masks_that_the_first_attempt_did_not_keep_are_all_there(setting, tmp_path, monkeypatch, capsys, always):  # noqa: F811
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(*setting, *OBS, *overrides(one))
+    back = killed_at(monkeypatch, walked, "note", 3)
+    with pytest.raises(SystemExit):
+        run(*setting, *OBS, *overrides(other)[:2])
+    back()
+    run(*setting, *OBS, *overrides(other))
+    assert "no masks: begins anew" in capsys.readouterr().err
+    assert same(ended(tmp_path, one), ended(tmp_path, other))
+
+
+def test_another_machine_begins_anew_with_its_losses_too(setting, tmp_path, monkeypatch, capsys, always):  # noqa: F811
+    from dass.evaluation import perplexity
+    from experiments import prune
+
+    back = killed_at(monkeypatch, perplexity, "window_losses", 3)
+    with pytest.raises(SystemExit):
+        run(*setting, *OBS, *overrides(tmp_path / "other"), "batch_size=2")
+    back()
+    original, calls, scores = prune.machine_description, [], perplexity.window_losses
+    monkeypatch.setattr(prune, "machine_description", lambda device: original(device) | {"threads": 77})
+    monkeypatch.setattr(perplexity, "window_losses", lambda *a: (calls.append(1), scores(*a))[1])
+    run(*setting, *OBS, *overrides(tmp_path / "other"), "batch_size=2")
+    assert "another machine or version, so it begins anew" in capsys.readouterr().err
+    assert len(calls) == -(-len(records(tmp_path / "other")[0]["windows"]) // 2)
+
+
 def test_a_short_run_keeps_nothing_and_a_failed_one_leaves_nothing(setting, tmp_path, monkeypatch):  # noqa: F811
     kept = []
     monkeypatch.setattr(Kept, "_write", lambda *_: kept.append(1))
@@ -154,7 +182,7 @@ def test_a_short_run_keeps_nothing_and_a_failed_one_leaves_nothing(setting, tmp_
 def test_writing_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(resume.time, "perf_counter", lambda: now[0])
-    kept, written = Kept(tmp_path), []
+    kept, written = Kept(tmp_path, "me"), []
 
     def write(*_):
         written.append(now[0])
@@ -172,7 +200,7 @@ def test_writing_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
 def test_any_bytes_are_a_state_or_none(tmp_path, content):
     (tmp_path / STATE).write_bytes(content)
     (tmp_path / resume.LOSSES).write_bytes(content)
-    kept = Kept(tmp_path)
+    kept = Kept(tmp_path, "me")
     assert kept.state is None and kept.losses(1) == []
 
 
