@@ -70,7 +70,7 @@ def measure(folder: str, method: str, mode: str) -> dict[str, Any]:
             for p in step.block.projections:
                 digest.update(p.weight.numpy().tobytes())
         seconds = time.perf_counter() - started
-        losses = perplexity(model, tokens.split(SEQUENCES), None if shelf is None else shelf.hold).losses
+        losses = perplexity(model, tokens.split(SEQUENCES), shelf).losses
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
     return {"peak": 1024 * int(peak[1]), "seconds": seconds, "sha256": digest.hexdigest(), "losses": losses}

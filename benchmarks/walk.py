@@ -9,36 +9,36 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.reference import loop_mask, reference_walk
+from benchmarks.counted import counted_block, planned_block
+from benchmarks.reference import loop_mask, reference_walk, sparsegpt_layer
+from benchmarks.table import CPU, REPEATS, fastest, ratio, row
 from dass.data.assets import packaged_model
 from dass.data.calibration import calibration_tokens
 from dass.errors import DassError
 from dass.models import batch_size_for, load_model, load_tokenizer, parameter_bytes
+from dass.planning.devices import DEVICES
 from dass.pruning.calls import enter_first_block
+from dass.pruning.criteria import obs
 from dass.pruning.layout import find_blocks
-from dass.pruning.masks import NM, Axis, select_mask
+from dass.pruning.masks import NM, Axis, keep_most_important, select_mask
 from dass.pruning.method import Method
 from dass.pruning.pruner import BlockPruner
-from dass.pruning.statistics import damped_inverse
+from dass.pruning.statistics import Statistics, damped_inverse
 from dass.pruning.update import obs_sweep
 from dass.pruning.walk import prune_model
 from dass.records import git_state, machine_description, package_versions, write_atomically
-from dass.stages import Stages
 
-REPEATS = 2  # of each timing, interleaved; the fastest counts, since other programs only ever slow one down
 CALIBRATION = (32, 512)
-CPU = torch.device("cpu")
-Bound = Literal["at least", "at most"]
+COUNTED = "LLaMA2-7B at 2:4, bf16, 128 x 2048 tokens, on an H100 that is not there"
 ALONG_INPUTS: dict[str, Axis] = dict.fromkeys(("gate", "up", "down"), "in")
 METHODS = {
     "wanda": Method("wanda", ALONG_INPUTS, NM(2, 4)),
@@ -56,7 +56,9 @@ def main() -> None:
         sys.exit("error: --gpu needs a GPU that torch sees, and there is none.")
     device = torch.device("cuda" if gpu else "cpu")
     memory = [] if gpu else [memory_row()]  # first: a child's peak counts what its parent held when it was forked
-    rows = gpu_rows() if gpu else [*walk_rows(), *mask_rows(), solver_row(), *memory]
+    rows = (
+        gpu_rows() if gpu else [*walk_rows(), *mask_rows(), solver_row(), solver_speed_row(), *memory, *counted_rows()]
+    )
     machine, versions, git = machine_description(device), package_versions(), git_state()
     text = f"""# Benchmark on {machine["gpu"] or machine["cpu"]}
 
@@ -70,36 +72,6 @@ torch {versions["torch"]}, transformers {versions["transformers"]}. Timings are 
     text += "".join(f"{one}\n" for one in rows)
     print(text)
     write_atomically(Path("results") / ("benchmark_gpu.md" if gpu else "benchmark.md"), text)
-
-
-def row(quantity: str, measured: float, bound: Bound, limit: float, detail: str) -> str:
-    """A row of the Markdown table."""
-    met = measured >= limit if bound == "at least" else measured <= limit
-    return f"| {quantity} | {measured:.4g} | {bound} {limit:g} | {'yes' if met else '**no**'} | {detail} |"
-
-
-def ratio(quantity: str, over: float, under: float, bound: Bound, limit: float, detail: str) -> str:
-    """The row of the quotient of two timings, with both in its detail."""
-    return row(quantity, over / under, bound, limit, f"{over:.3g} s / {under:.3g} s; {detail}")
-
-
-def fastest(
-    names: Iterable[str], prepare: Callable[[str], Callable[[], object]], device: torch.device, repeats: int = REPEATS
-) -> dict[str, dict[str, Any]]:
-    """The fastest of several runs of each piece of work, see `Stages`; interleaved: a slow spell hits all alike.
-
-    Args:
-        prepare: makes what is needed for the work of a name, and returns the work that is timed.
-    """
-    best: dict[str, dict[str, Any]] = {}
-    for name in list(names) * repeats:
-        work, stages = prepare(name), Stages(device)
-        with stages.measure(name):
-            work()
-        run = stages.as_dict()[name]
-        best[name] = min(best.get(name, run), run, key=lambda stage: stage["seconds"])
-        print(f"{name}: {best[name]['seconds']:.3f} s", file=sys.stderr, flush=True)
-    return best
 
 
 def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> Callable[[], None]:
@@ -213,6 +185,59 @@ def solver_row() -> str:
     error = ((ours - plain).norm() / plain.norm()).item()
     quantity = "SparseGPT solver: relative difference to column by column"
     return row(quantity, error, "at most", 1e-4, "fp32 against fp64")
+
+
+def solver_speed_row(out_features: int = 4096, in_features: int = 11008) -> str:
+    """SparseGPT's factorisation and sweep at 2:4 against the reference's, on a down projection."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(in_features // 4, in_features, generator=generator)
+    weight, hessian = torch.randn(out_features, in_features, generator=generator), x.T @ x / len(x)
+    hessian.diagonal().add_(1)
+
+    def ours() -> None:
+        statistics = Statistics(hessian=lambda: hessian)
+        factor = statistics.inverse(0.01).factor
+        obs_sweep(
+            weight, factor, lambda at, w: keep_most_important(obs(w, "down", statistics.columns(at)), NM(2, 4), "in"), 4
+        )
+
+    works = {"reference": lambda: sparsegpt_layer(weight.clone(), hessian.clone(), 2, 4), "ours": ours}
+    best = fastest(works, works.__getitem__, CPU)
+    detail = f"factorisation and sweep at 2:4, {out_features} x {in_features}"
+    return ratio(
+        "SparseGPT solver: reference / ours",
+        best["reference"]["seconds"],
+        best["ours"]["seconds"],
+        "at least",
+        1.5,
+        detail,
+    )
+
+
+def counted_rows() -> list[str]:
+    """What an H100 would do for one block of LLaMA2-7B, counted; the plan's seconds against those of the counts."""
+    rows, device = [], DEVICES["h100"]
+    for name, method in METHODS.items():
+        pruner = BlockPruner(method)
+        counts, peak = counted_block(pruner, device)
+        planned, sweeps = planned_block(pruner, device), method.update == "obs"
+        terms = (
+            f"{counts.launching:.3g} s launches, {counts.arithmetic:.3g} s arithmetic, {counts.traffic:.3g} s traffic"
+        )
+        off = max(planned / counts.seconds, counts.seconds / planned)
+        rows += [
+            row(f"{name}: launches per block", counts.launches, "at most", 60000 if sweeps else 1000, COUNTED),
+            row(f"{name}: waits per block", counts.waits, "at most", 4, COUNTED),
+            row(f"{name}: peak per block beyond the weights, GB", peak / 1e9, "at most", 10, COUNTED),
+            row(
+                f"{name}: counted and planned seconds differ by a factor",
+                off,
+                "at most",
+                1.5,
+                f"{COUNTED}: {counts.seconds:.3g} s counted ({terms}), {planned:.3g} s by experiments.plan",
+            ),
+        ]
+    return rows
 
 
 def memory_row() -> str:

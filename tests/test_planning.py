@@ -9,22 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, MambaConfig, MixtralConfig
 
+from benchmarks.counted import Counter as Counted
+from benchmarks.counted import pretended_device
 from dass.errors import DassError
 from dass.evaluation.perplexity import perplexity
 from dass.planning.architecture import config_from, read_architecture
 from dass.planning.costs import Workload, plan_evaluation, plan_load, plan_pruning, share_removed, targeted_weights
-from dass.planning.devices import Device, Stage
+from dass.planning.devices import DEVICES, Device, Stage
 from dass.pruning.blocks import mlp_names
+from dass.pruning.criteria import obs
 from dass.pruning.layout import find_blocks
-from dass.pruning.masks import NM, Unstructured
+from dass.pruning.masks import NM, Unstructured, keep_most_important
 from dass.pruning.method import Method
+from dass.pruning.observe import eager_experts
 from dass.pruning.pruner import BlockPruner
+from dass.pruning.statistics import Statistics
 from dass.pruning.update import obs_sweep
-from dass.pruning.walk import eager_experts, prune_model
+from dass.pruning.walk import prune_model
 from dass.sparsity import sparsity_report
 from tests.models import ARCHITECTURES, LAYOUTS, SIZES, random_tokens, tiny_model
 
@@ -178,34 +183,27 @@ def test_operations_of_the_factorisation():
     stage = stages_of(model, sparsegpt(), work_on(random_tokens()))["factorisation"]
     # H = L L^T costs n^3 / 3; each of n columns of the inverse costs n^2 operations
     assert stage.flops == pytest.approx(sum(n**3 / 3 + n * n**2 for n in (32, 64)))
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that are no views."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        result = operation(*arguments, **(keywords or {}))
-        self.count += not (operation.is_view or operation in (torch.ops.aten.unbind.int, torch.ops.aten.detach.default))
-        return result
+    wide = stages_of(tiny_model(num_hidden_layers=1, intermediate_size=2048), sparsegpt(), work_on(random_tokens()))
+    solve = 1024 * 1024**2 + 1024 * 2048**2  # the first columns have no more than 1024 rows
+    assert wide["factorisation"].flops == pytest.approx(32**3 * 4 / 3 + 2048**3 / 3 + solve)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), Unstructured(0.5)], ids=str)
-def test_launches_of_the_sweep(pattern, monkeypatch):
-    model, input_ids = tiny_model(hidden_size=256, intermediate_size=512, num_hidden_layers=1), random_tokens()
-    launches = Launches()
+def test_launches_of_the_sweep(pattern):
+    n = 256
+    with pretended_device(), FakeTensorMode(), Counted(DEVICES["h100"]) as counter:
+        statistics = Statistics(hessian=lambda: torch.rand(n, n, device="cuda"))
+        statistics.inverse(0.01)
+        before = counter.counts
 
-    def sweep(*arguments):
-        with launches:
-            return obs_sweep(*arguments)
+        def choose(columns, weight):
+            return keep_most_important(obs(weight, "down", statistics.columns(columns)), pattern, "in")
 
-    monkeypatch.setattr("dass.pruning.update.obs_sweep", sweep)
-    prune_model(model, BlockPruner(sparsegpt(pattern)), input_ids)
-    planned = stages_of(model, sparsegpt(pattern), work_on(input_ids))["OBS sweep"].launches
-    assert planned == pytest.approx(launches.count, rel=0.1)
+        every = pattern.m if isinstance(pattern, NM) else 128
+        obs_sweep(torch.rand(64, n, device="cuda"), statistics.inverse(0.01).factor, choose, every)
+    model = tiny_model(hidden_size=n, intermediate_size=n, num_hidden_layers=1)
+    planned = stages_of(model, sparsegpt(pattern), work_on(random_tokens()))["OBS sweep"].launches / 2  # two inputs
+    assert planned == pytest.approx(counter.counts.since(before).launches, rel=0.1)
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *EXACT_LAYOUTS])
@@ -279,6 +277,7 @@ def test_seconds():
     assert replace(work, in_fp32=True).seconds(device, "bfloat16") == 16
     assert replace(work, moved_bytes=250e9).seconds(device, "bfloat16") == 5
     assert replace(work, launches=7e5).seconds(device, "bfloat16") == pytest.approx(7)
+    assert replace(work, alone_bytes=100e9).seconds(device, "bfloat16") == pytest.approx(4 + 2)
     assert replace(work, disk_bytes=20e9).seconds(device, "bfloat16") == 10
 
 

@@ -7,11 +7,9 @@ product mixes dtypes, which a GPU refuses.
 Not covered: the values; the kernels; what safetensors writes of such tensors; loading.
 """
 
-import ctypes
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counted import pretended_device
 from dass.evaluation.perplexity import perplexity, window_losses
 from dass.pruning import pruner as pruning
 from dass.pruning import statistics
@@ -46,7 +45,6 @@ METHODS = {
 }
 PATTERNS = (NM(2, 4), Unstructured(0.5))
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.addr_, aten.baddbmm}
-CUDA, META = 1, 14  # of torch's enumeration of devices
 BLOCKS, BATCHES = 2, 2
 SIZES = {"num_hidden_layers": BLOCKS, "hidden_size": 8, "intermediate_size": 16, "layer_types": None}
 EXPERTS = {"num_hidden_layers": 1, "num_local_experts": 2}
@@ -103,18 +101,8 @@ class Host(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def device_guard():
-    """A build of torch without CUDA lacks the hook that changes devices: lend it that of `meta`, which does nothing.
-
-    It also answers for the current device, so the pretended one goes by its index.
-    """
-    if torch.backends.cuda.is_built():
+    with pretended_device():
         yield
-        return
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    guards[CUDA] = guards[META]
-    yield
-    guards[CUDA] = None
 
 
 @contextmanager

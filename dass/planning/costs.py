@@ -1,8 +1,9 @@
 """Floating-point operations and memory of the stages of a run.
 
-The counts follow the code that runs: dass/pruning/{walk,statistics,method,update,masks}.py and
-dass/evaluation/perplexity.py. A multiplication with its addition is two operations (FLOPs). Norms, activation
-functions and rotary embeddings are left out; attention multiplies all pairs of positions, also those that a mask hides.
+The counts follow the code that runs on a GPU: dass/pruning/{walk,statistics,method,update,masks}.py and
+dass/evaluation/perplexity.py; benchmarks/counted.py counts what really happens. A multiplication with its addition is
+two operations (FLOPs). Norms, activation functions and rotary embeddings count as traffic; attention multiplies all
+pairs of positions, also those that a mask hides.
 """
 
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ from dass.models import DTYPES
 from dass.planning.architecture import Architecture, PlannedBlock
 from dass.planning.devices import Stage
 from dass.pruning.blocks import MLP_ROLES
-from dass.pruning.masks import LARGEST_RANKED_M, NM, Pattern, Unstructured
+from dass.pruning.masks import NM, Pattern, Unstructured
 from dass.pruning.method import Method
 from dass.pruning.pruner import BlockPruner
-from dass.pruning.statistics import HESSIAN_BLOCK
+from dass.pruning.statistics import HESSIAN_BLOCK, INVERSE_BLOCK
 from dass.pruning.update import LAZY
 
 FP32 = 4  # bytes
+SORT_PASSES = 4  # of a radix sort over a long group, 8 bits each
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
     """
     pruner.check([b.block for b in model.blocks])
     sweeps = pruner.method.update == "obs"
-    walk, statistics = Stage("calibration walk"), Stage("statistics", in_fp32=True)
+    walk, statistics = Stage("calibration walk"), Stage("statistics")  # products of 16-bit numbers are summed in fp32
     factorisation = Stage("factorisation", in_fp32=True)
     selection = Stage("OBS sweep" if sweeps else "mask selection", in_fp32=sweeps)
     choice_bytes, choice_launches = _choice(pruner.method, work)
@@ -99,23 +101,29 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
             if hessian:  # its upper block triangle; half of it is read and written
                 products = sum(min(HESSIAN_BLOCK, n - i) * (n - i) for i in range(0, n, HESSIAN_BLOCK))
                 of_input = copies * n**2 * FP32
-                moved = work.passes * of_input + tokens * n * (work.bytes_each + 2 * FP32)
-                statistics.add(2 * tokens * products, moved)
+                # a product is written, and added to half of the Hessian
+                statistics.add(
+                    2 * tokens * products, tokens * n * work.bytes_each, alone_bytes=work.passes * 2 * of_input
+                )
                 of_block += of_input
             elif hessian is not None:  # sums of squares
-                statistics.add(2 * tokens * n, tokens * n * (work.bytes_each + 4 * FP32))
+                statistics.add(2 * tokens * n, tokens * n * work.bytes_each)
                 of_block += copies * n * FP32
-            if hessian and sizes:  # Cholesky, n^3 / 3, and a solve, n^3
-                # H, damped, L, reversed, identity, factor
-                factorisation.add(copies * 4 / 3 * n**3, peak_bytes=6 * n**2 * FP32)
+            if hessian and sizes:  # Cholesky, n^3 / 3, and a solve whose blocks of columns leave out what lies below
+                solve = sum(
+                    min(INVERSE_BLOCK, n - i) * min(i + INVERSE_BLOCK, n) ** 2 for i in range(0, n, INVERSE_BLOCK)
+                )
+                # H, and two of: damped, L, reversed, what the solve copies of it
+                factorisation.add(copies * (n**3 / 3 + solve), peak_bytes=3 * n**2 * FP32)
             if sweeps and sizes:  # each column corrects those behind it, in blocks of `LAZY` columns
                 selection.add(
                     copies * weights * n,
-                    # a block's product reads and writes all columns behind it, a column those behind it in its block
-                    copies * weights * (FP32 * n / LAZY + FP32 * LAZY + choice_bytes),
+                    # a column reads and writes those behind it in its block
+                    copies * weights * (FP32 * LAZY + choice_bytes),
                     # weights, their stack, its transpose and the result, two masks; the factor and its scaled rows
                     weights * (4 * FP32 + 2) + 2 * n**2 * FP32,
-                    launches=copies * n * (2 + choice_launches),  # per column: where and addr_
+                    launches=copies * n * (2 + choice_launches),  # per column: its error, and addr_
+                    alone_bytes=copies * weights * FP32 * n / LAZY,  # a block's product: all columns behind it
                 )
             elif sizes:  # hardly any arithmetic
                 # the group in fp32; scores, a temporary, ranks and masks of the largest
@@ -167,6 +175,7 @@ def _add_forward(
             work.tokens * (2 * (dense + sum(one.runs * weights for one, weights in run)) + mixing),
             work.passes * (dense + sum(one.copies * weights for one, weights in run)) * work.bytes_each
             + 2 * work.tokens * _vectors(model, b) * work.bytes_each,
+            alone_bytes=work.tokens * _between(model, b, mixes) * work.bytes_each,
         )
 
 
@@ -174,6 +183,13 @@ def _vectors(model: Architecture, b: PlannedBlock) -> float:
     """Elements per token inside a block, as `dass.models.batch_size_for` reckons."""
     downs = [b.inputs[unit.intermediate] for unit in b.block.units]
     return 3 * sum(one.runs * one.features for one in downs) + 12 * model.hidden_size
+
+
+def _between(model: Architecture, b: PlannedBlock, mixes: bool) -> float:
+    """Elements per token that are read and written between the products, one operation after the other."""
+    downs = [b.inputs[unit.intermediate] for unit in b.block.units]
+    norms, rotary = 42 * model.hidden_size, 26 * b.attention_width if mixes else 0  # norms in fp32, and residuals
+    return norms + rotary + 5 * sum(one.runs * one.features for one in downs)  # the activation, its product with up
 
 
 def _working_set(model: Architecture, work: Workload) -> float:
@@ -184,11 +200,10 @@ def _working_set(model: Architecture, work: Workload) -> float:
 def _choice(method: Method, work: Workload) -> tuple[float, float]:
     """Bytes moved per weight, a rough count, and the operations of choosing per column of a sweep."""
     pattern = method.pattern
-    scores = 3 * work.bytes_each + 8 * FP32  # to fp32, two operations, checks, the mask's application
-    selection, launches = 16.0 * FP32, 25.0  # the selection's passes over the scores
-    if isinstance(pattern, NM) and pattern.m <= LARGEST_RANKED_M:
-        pairs = (pattern.m - 1) / 2  # per weight; of each: two scores, the answer, two ranks
-        selection, launches = 15 * pairs, 5 * pattern.m + 3
+    scores = 4 * work.bytes_each + 12 * FP32  # to fp32, two operations, checks, the mask's application
+    # a sort reads and writes scores and indices, of groups that no multiprocessor can hold several times
+    selection = 4.0 * FP32 * (1 if isinstance(pattern, NM) else SORT_PASSES)
+    launches = 7.0  # three of the criterion; sorting, two for the mask, and to its place
     # without a sweep there is no block size, and nothing asks for the operations
     at_once = pattern.m if isinstance(pattern, NM) else float(method.all_parameters().get("block_size", 1))
     return scores + selection, launches / at_once

@@ -38,8 +38,8 @@ class Device:
 
 # Peaks are NVIDIA's (data sheets; for the RTX 4090 the Ada white paper): dense (halved where they are told with
 # sparsity), 16-bit products summed in fp32, fp32 without TF32. The CPU's are no peaks but a rough measurement, so that
-# its efficiency is 1: the pruning of results/benchmark.md, 43 s of Wanda on SmolLM2-135M, is 5.7 TFLOP by our counts;
-# the bandwidth is a guess.
+# its efficiency is 1: the pruning of results/benchmark.md, 43 s of Wanda on SmolLM2-135M, is 5.7 TFLOP and 120 GB
+# between the products by our counts; the bandwidth is a guess.
 DEVICES = {
     device.name: device
     for device in (
@@ -51,7 +51,7 @@ DEVICES = {
         Device("l40s", 48, 362, 91.6, 864),
         Device("rtx4090", 24, 165, 82.6, 1008),
         Device("v100", 32, 125, 15.7, 900),  # float16 only
-        Device("cpu_2cores", 25.3, 0.13, 0.13, 10, efficiency=1),
+        Device("cpu_2cores", 25.3, 0.18, 0.18, 10, efficiency=1),
     )
 }
 
@@ -71,20 +71,32 @@ class Stage:
     launches: float = 0
     """Operations too small to fill a device, one after the other."""
     disk_bytes: float = 0
+    alone_bytes: float = 0
+    """Moved by operations that do hardly anything else, in turn with the rest: their time is added to it."""
 
-    def add(self, flops: float, moved_bytes: float = 0, peak_bytes: float = 0, launches: float = 0) -> None:
+    def add(
+        self,
+        flops: float,
+        moved_bytes: float = 0,
+        peak_bytes: float = 0,
+        launches: float = 0,
+        alone_bytes: float = 0,
+    ) -> None:
         """Add a part of it, which needs the memory of its peak while it runs."""
         self.flops += flops
         self.moved_bytes += moved_bytes
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
         self.launches += launches
+        self.alone_bytes += alone_bytes
 
     def seconds(self, device: Device, dtype: str) -> float:
-        """The expected time: the largest of the times for arithmetic, memory, launches and disk."""
+        """The largest of the times for arithmetic, memory, launches and disk, and what is moved alone."""
         tflops = device.tflops_fp32 if self.in_fp32 or dtype == "float32" else device.tflops_16bit
-        return max(
+        bytes_per_second = device.bandwidth_gb_s * 1e9 * device.efficiency
+        longest = max(
             self.flops / (tflops * 1e12 * device.efficiency),
-            self.moved_bytes / (device.bandwidth_gb_s * 1e9 * device.efficiency),
+            self.moved_bytes / bytes_per_second,
             self.launches * device.launch_us / 1e6,
             self.disk_bytes / (device.disk_gb_s * 1e9),
         )
+        return longest + self.alone_bytes / bytes_per_second

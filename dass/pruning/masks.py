@@ -103,9 +103,9 @@ def keep_most_important(scores: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     if isinstance(pattern, NM):
         dim = 0 if axis == "out" else 1
         split = scores.unflatten(dim, (-1, pattern.m))
-        return ~_smallest_of_m(split, pattern.m - pattern.n, dim + 1).reshape(scores.shape).contiguous()
+        return _kept_of_m(split, pattern.m - pattern.n, dim + 1).reshape(scores.shape).contiguous()
     groups = _groups(scores, axis)
-    keep = ~_smallest(groups, math.floor(pattern.ratio * groups.shape[1]))
+    keep = _kept(groups, math.floor(pattern.ratio * groups.shape[1]))
     return keep.T.contiguous() if axis == "out" else keep.reshape(scores.shape)
 
 
@@ -148,30 +148,35 @@ def _require_divisible(matrix: Tensor, pattern: Pattern, axis: Axis, name: str) 
         )
 
 
-def _smallest_of_m(split: Tensor, count: int, dim: int) -> Tensor:
-    """True for the `count` smallest along a short dimension, lower index first among equals.
+def _kept_of_m(split: Tensor, count: int, dim: int) -> Tensor:
+    """False for the `count` smallest along a short dimension, lower index first among equals.
 
     Counts for each element those that are pruned before it, by comparing each of the M slices with all behind it.
     """
     m = split.shape[dim]
-    if m > LARGEST_RANKED_M:
-        return _smallest(split.movedim(dim, -1), count).movedim(-1, dim)
+    if m > LARGEST_RANKED_M or split.is_cuda:
+        return _kept(split.movedim(dim, -1), count).movedim(-1, dim)
     slots = split.movedim(dim, 0).contiguous()
     before = torch.zeros(slots.shape, dtype=torch.int8, device=slots.device)
     for i in range(m - 1):
         i_first = (slots[i] <= slots[i + 1 :]).view(torch.int8)
         before[i + 1 :].add_(i_first)
         before[i].add_(m - 1 - i).sub_(i_first.sum(0, dtype=torch.int8))
-    return (before < count).movedim(0, dim)
+    return (before >= count).movedim(0, dim)
 
 
-def _smallest(groups: Tensor, count: int) -> Tensor:
-    """True for the `count` smallest of each group along the last dimension, lower index first among equals."""
-    if count == 0:
-        return torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
+def _kept(groups: Tensor, count: int) -> Tensor:
+    """False for the `count` smallest of each group along the last dimension, lower index first among equals."""
+    if count == 0 or groups.is_cuda:  # kthvalue would leave each group to one multiprocessor
+        return _kept_by_sorting(groups, count)
     groups = groups.contiguous()
     threshold = torch.kthvalue(groups, count, dim=-1, keepdim=True).values
-    below = groups < threshold
     at = groups == threshold
-    missing = count - below.sum(-1, keepdim=True)
-    return below | (at & (at.cumsum(-1, dtype=torch.int32) <= missing))
+    missing = count - (groups < threshold).sum(-1, keepdim=True)
+    return (groups > threshold) | (at & (at.cumsum(-1, dtype=torch.int32) > missing))
+
+
+def _kept_by_sorting(groups: Tensor, count: int) -> Tensor:
+    """The same in three launches whatever the lengths; a stable sort leaves equals in the order of their index."""
+    first = groups.sort(dim=-1, stable=True).indices[..., :count]
+    return torch.ones(groups.shape, dtype=torch.bool, device=groups.device).scatter_(-1, first, False)

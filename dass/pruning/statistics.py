@@ -3,7 +3,8 @@
 Activations are in the model's dtype; everything here is accumulated in fp32 (fp64 for an fp64 model).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from dass.errors import DassError, finite, require_finite
 
 HESSIAN_BLOCK = 256  # features; smaller blocks save more of the product's lower half, larger ones multiply faster
+INVERSE_BLOCK = 1024  # columns of a factor that are solved for at once; what lies below them is zero and left out
 DAMPING_ATTEMPTS = 4  # 1 %, 10 %, 100 % and 1000 % of the mean diagonal
 
 
@@ -33,13 +35,22 @@ class InputStream:
     def add(self, x: Tensor) -> None:
         """Add activations `(..., features)`."""
         self.n_tokens += x.shape[:-1].numel()
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
+        x = x.detach().reshape(-1, x.shape[-1])
         if not self.with_hessian:
-            self._products += x.square().sum(0)
+            if x.is_cuda:  # one pass over what was read, and no copy of it
+                self._products += torch.linalg.vector_norm(x, dim=0, dtype=self.dtype).square()
+            else:
+                self._products += x.to(self.dtype).square().sum(0)
             return
-        for start in range(0, x.shape[1], HESSIAN_BLOCK):
-            rows = slice(start, start + HESSIAN_BLOCK)
-            self._products[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+        widens = x.is_cuda and x.dtype != self.dtype
+        x = x if widens else x.to(self.dtype)
+        with full_fp32():
+            for start in range(0, x.shape[1], HESSIAN_BLOCK):
+                rows = slice(start, start + HESSIAN_BLOCK)
+                if widens:  # tensor cores: products of 16-bit numbers are exact in fp32, and summed there
+                    self._products[rows, start:] += torch.mm(x[:, rows].T, x[:, start:], out_dtype=self.dtype)
+                else:
+                    self._products[rows, start:].addmm_(x[:, rows].T, x[:, start:])
 
     def reorder(self, permutation: Tensor) -> None:
         """Let feature i be what feature `permutation[i]` was."""
@@ -56,10 +67,22 @@ class InputStream:
 
         The factor is SparseGPT's. It only matters beside the diagonal of 1 that dead inputs get.
         """
-        return self._symmetric() * (2 / max(self.n_sequences, 1))
+        return self._symmetric().mul_(2 / max(self.n_sequences, 1))
 
     def _symmetric(self) -> Tensor:
-        return self._products.triu() + self._products.triu(1).T
+        upper = self._products.triu()
+        return upper.add_(self._products.triu(1).T)
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Products of fp32 numbers as they are, whatever the caller allows elsewhere (TF32 keeps 11 bits of each)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 Streams = dict[str, InputStream]
@@ -153,13 +176,14 @@ def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
     diagonal = hessian.diagonal() + dead
     for attempt in range(DAMPING_ATTEMPTS):
         share = damping * 10**attempt
-        damped = hessian.clone()
-        damped.diagonal().copy_(diagonal + share * diagonal.mean())
         # With J H J = L L^T (J reverses the order), R = J L J is upper triangular, H = R R^T, and U = R^-1.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        factor = torch.linalg.solve_triangular(
-            lower.flip(0, 1), torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=True
-        )
+        damped = hessian.flip(0, 1)
+        damped.diagonal().copy_((diagonal + share * diagonal.mean()).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        factor = lower.flip(0, 1)
+        del lower
+        _invert_upper_(factor)
         if (failed == 0) & finite(factor) & finite(hessian):  # the host waits for the device once
             return DampedInverse(factor, dead, share, attempt + 1)
         require_finite(hessian, f"The calibration statistics of {name}")
@@ -168,3 +192,12 @@ def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
         f"a larger damping.",
         field="method.damping",
     )
+
+
+def _invert_upper_(root: Tensor) -> None:
+    """R^-1 in the place of an upper triangular R: its last columns first, which the others do not need."""
+    for start in reversed(range(0, len(root), INVERSE_BLOCK)):
+        stop = min(start + INVERSE_BLOCK, len(root))
+        identity = root.new_zeros(stop, stop - start)
+        identity.diagonal(-start).fill_(1)
+        root[:stop, start:stop] = torch.linalg.solve_triangular(root[:stop, :stop], identity, upper=True)

@@ -103,24 +103,25 @@ def obs_sweep(weight: Tensor, factor: Tensor, choose: Choose, choose_every: int)
     """
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # (in_features, out_features)
     keep = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
-    errors, zero = torch.empty_like(columns[:LAZY]), columns.new_zeros(())
+    n = len(columns)
+    # blocks of `LAZY` columns do not reach over the ends of chunks, so that columns chosen together are up to date
+    chunk = max(choose_every, LAZY // choose_every * choose_every)
+    pruned, errors = torch.empty_like(columns[:chunk]), torch.empty_like(columns[:LAZY])  # 1 where pruned, else 0
     ratios = factor / factor.diagonal()[:, None]
-    column, kept, error = columns.unbind(), keep.unbind(), errors.unbind()  # views
-    for start, stop in _blocks(len(columns), choose_every):
-        for i in range(start, stop):
-            if i % choose_every == 0:
-                chosen = slice(i, i + choose_every)
-                keep[chosen] = choose(chosen, columns[chosen].T).T
-            torch.where(kept[i], zero, column[i], out=error[i - start])
-            columns[i + 1 : stop].addr_(ratios[i, i + 1 : stop], error[i - start], alpha=-1)
-        columns[stop:].addmm_(ratios[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    column, is_pruned, error = columns.unbind(), pruned.unbind(), errors.unbind()  # views
+    for first in range(0, n, chunk):
+        end = min(first + chunk, n)
+        for start in range(first, end, LAZY):
+            stop = min(start + LAZY, end)
+            for i in range(start, stop):
+                if i % choose_every == 0:
+                    chosen = slice(i, min(i + choose_every, n))
+                    kept = choose(chosen, columns[chosen].T).T
+                    torch.logical_not(kept, out=pruned[i - first : chosen.stop - first])
+                torch.mul(column[i], is_pruned[i - first], out=error[i - start])
+                if i + 1 < stop:
+                    columns[i + 1 : stop].addr_(ratios[i, i + 1 : stop], error[i - start], alpha=-1)
+            columns[stop:].addmm_(ratios[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+        torch.eq(pruned[: end - first], 0, out=keep[first:end])
     columns.masked_fill_(~keep, 0)
     return columns.T.contiguous(), keep.T.contiguous()
-
-
-def _blocks(n_columns: int, choose_every: int) -> list[tuple[int, int]]:
-    """Blocks of at most `LAZY` columns, such that all columns chosen together are up to date when they are."""
-    width = max(choose_every, LAZY // choose_every * choose_every)
-    chunks = [(first, min(first + width, n_columns)) for first in range(0, n_columns, width)]
-    starts = [start for first, end in chunks for start in range(first, end, LAZY)]
-    return list(zip(starts, [*starts[1:], n_columns], strict=True))

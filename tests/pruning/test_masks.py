@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dass.errors import DassError
+from dass.pruning import masks
 from dass.pruning.masks import NM, Mask, Unstructured, select_mask, verify_mask
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -64,6 +65,17 @@ def test_equals_sorting_each_group(case):
     assert torch.equal(mask.keep, reference(scores, pattern, axis))
     assert mask.keep.is_contiguous() and mask.pattern == pattern
     verify_mask(mask)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_sorting_as_on_a_gpu_gives_the_same(case):
+    scores, pattern, axis = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "LARGEST_RANKED_M", 0)
+        patch.setattr(masks, "_kept", masks._kept_by_sorting)
+        sorted_ones = select_mask(scores, pattern, axis).keep
+    assert torch.equal(sorted_ones, select_mask(scores, pattern, axis).keep)
 
 
 @settings(max_examples=50, deadline=None)

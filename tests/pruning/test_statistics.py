@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from dass.errors import DassError
+from dass.pruning import statistics
 from dass.pruning.calls import enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM
 from dass.pruning.method import Method
+from dass.pruning.observe import observe, open_streams
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import HESSIAN_BLOCK, InputStream, damped_inverse
-from dass.pruning.walk import observe, open_streams
 from tests.models import random_tokens, tiny_model
 
 FEATURES = HESSIAN_BLOCK + 44
@@ -33,6 +34,23 @@ def test_streamed_equals_one_shot(dtype, with_hessian):
             stream.hessian().double() * 7 / 2, exact.T @ exact, rtol=tolerance, atol=50 * tolerance
         )
         assert torch.equal(stream.hessian(), stream.hessian().T)
+
+
+@pytest.mark.parametrize("allowed", ["high", "highest"])
+def test_hessians_are_in_full_fp32_whatever_is_allowed(allowed, monkeypatch):
+    seen, product = [], torch.Tensor.addmm_
+    monkeypatch.setattr(
+        torch.Tensor,
+        "addmm_",
+        lambda *arguments: seen.append(torch.get_float32_matmul_precision()) or product(*arguments),
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        InputStream(FEATURES, torch.float32, torch.device("cpu"), True).add(torch.randn(1, 5, FEATURES))
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_half_precision_does_not_overflow():
@@ -68,6 +86,11 @@ def test_the_factor_is_that_of_the_damped_inverse():
     torch.testing.assert_close(inverse.factor.T @ inverse.factor, torch.linalg.inv(damped))
     assert torch.equal(inverse.factor, inverse.factor.triu())
     assert (inverse.damping, inverse.attempts) == (0.01, 1)
+
+
+def test_a_factor_of_many_columns_is_solved_for_in_blocks(monkeypatch):
+    monkeypatch.setattr(statistics, "INVERSE_BLOCK", 5)
+    test_the_factor_is_that_of_the_damped_inverse()
 
 
 def test_dead_inputs_are_told():
