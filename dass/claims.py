@@ -39,9 +39,14 @@ class Claim:
     lost: bool = False
     """Whether another process took it over, because this one stood still for too long."""
 
+    def is_held(self) -> bool:
+        """Whether this process still has it."""
+        self.lost = self.lost or not (self.path / self.owner).exists()
+        return not self.lost
+
     def require(self) -> None:
         """Raise DassError if the claim is lost."""
-        if self.lost:
+        if self.owner and not self.is_held():
             raise DassError(f"This process stood still for so long that another has taken over {self.path}: leave it.")
 
 
@@ -148,8 +153,8 @@ def _beat(claim: Claim, done: threading.Event) -> None:
         try:
             os.utime(claim.path / claim.owner)
         except FileNotFoundError:
-            with contextlib.suppress(OSError):
-                claim.lost = claim.lost or not _put(claim.path, claim.owner)
+            claim.lost = True
+            return
         except OSError:  # the file system may come back
             continue
 

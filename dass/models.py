@@ -136,8 +136,7 @@ def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
     if model.device.type != "cuda":
         return max(1, 512 // seq_len)
     config = model.config.get_text_config()
-    free = torch.cuda.mem_get_info(model.device)[0]
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # torch's own cache
+    free = free_memory(model.device)
     # per token: three intermediate vectors and about a dozen of the hidden width, in fp32 where statistics are taken
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's kind, where nothing is said
     per_sequence = seq_len * (3 * width + 12 * config.hidden_size) * 4
@@ -155,9 +154,15 @@ def memory_needed(source: str, revision: str | None, dtype: str, device: torch.d
     require_supported(load_config(str(folder), None))
     weights = stored_tensors(folder).values()
     size = torch.empty(0, dtype=DTYPES[dtype]).element_size() * sum(math.prod(one.shape) for one in weights)
-    if device.type == "cuda":
-        return size + size // 2, torch.cuda.mem_get_info(device)[0]
-    return size + size // 2, psutil.virtual_memory().available
+    return size + size // 2, free_memory(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a tensor on a device could still take; on the host, as the system counts, whatever a container may."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def parameter_bytes(model: nn.Module) -> int:

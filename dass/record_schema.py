@@ -175,6 +175,7 @@ class Projection(Part):
     zeros: Count
     sparsity: Share
     pattern: str | None = None
+    order: str | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -191,6 +192,7 @@ class Zeros(Part):
     linear: Share
     mlp: Share | None = None
     total: Share | None = None
+    parameters: Size | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -147,6 +147,14 @@ def git_state() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
 
 
+def code_sha256() -> str:
+    """SHA-256 of this project's code as it lies on disk."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(path for package in ("dass", "experiments") for path in (root / package).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def package_versions() -> dict[str, str]:
     """Python and the packages that a number may depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}

@@ -6,7 +6,6 @@ Everything in it has a checksum: where one does not fit, the run begins anew, wh
 
 import contextlib
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dass.errors import DassError, one_line
 from dass.pruning.blocks import Block
 from dass.records import file_sha256, write_atomically
+from dass.streaming import block_path, weights_of, write_tensors
 
 STATE, LOSSES, TENSORS = "state.json", "losses.json", "beside-{}.safetensors"
 EVERY = 60.0
@@ -56,6 +56,7 @@ class Losses(BaseModel):
     """Windows at a time."""
     losses: list[float]
     by: str
+    """As in `State`."""
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Kept:
 
     folder: Path
     by: str
-    """What computes here: machine, packages, commit. Another's roundings differ, and are not gone on with."""
+    """What computes here: machine, packages, code. What another has computed is not gone on with."""
     state: State | None = None
     """What was found there, whole."""
     _since: float = field(default_factory=lambda: time.perf_counter())
@@ -96,7 +97,7 @@ class Kept:
     def keep_losses(self, size: int, losses: list[float]) -> None:
         """Write the losses of the windows that are scored, if it is time to."""
         if time.perf_counter() - self._since >= EVERY:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, DassError):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _write_checked(self.folder / LOSSES, Losses(size=size, losses=losses, by=self.by).model_dump_json())
             self._since = time.perf_counter()
@@ -109,13 +110,9 @@ class Kept:
 
     def restore(self, block: Block) -> None:
         """Give a finished block, in memory, the weights that it had."""
-        weights = load_file(self.path_of(block))
+        weights = load_file(block_path(self.folder, block))
         for name, parameter in block.module.named_parameters():
             parameter.data.copy_(weights[f"{block.name}.{name}"])
-
-    def path_of(self, block: Block) -> Path:
-        """Where a finished block lies."""
-        return self.folder / f"{block.name}.safetensors"
 
     def keep(
         self,
@@ -138,7 +135,7 @@ class Kept:
             return
         try:
             self._write(index, blocks, tensors(), facts(), stored)
-        except OSError as error:  # a full disk, say: the run itself can go on
+        except (OSError, DassError) as error:  # a full disk, say: the run itself can go on
             print(f"note: how far the run has come could not be kept: {one_line(error)}", file=sys.stderr)
         self._since = time.perf_counter()
         self._cost = self._since - started
@@ -154,17 +151,14 @@ class Kept:
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {name: sha256 for name, sha256 in self._files.items() if not fnmatch(name, TENSORS.format("*"))}
         for block in blocks[:index]:
-            path = self.path_of(block)
+            path = block_path(self.folder, block)
             if path.name not in files:
                 if not all(p.is_meta for p in block.module.parameters()):
-                    named = block.module.named_parameters()
-                    _save(
-                        {f"{block.name}.{name}": stored(f"{block.name}.{name}", p.detach()) for name, p in named}, path
-                    )
+                    write_tensors(path, weights_of(block, stored))
                 files[path.name] = file_sha256(path)
         if tensors:
             path = self.folder / TENSORS.format(index)
-            _save(tensors, path)
+            write_tensors(path, tensors)
             files[path.name] = file_sha256(path)
         state = State(next=index, seconds=time.perf_counter() - self._started, facts=facts, files=files, by=self.by)
         _write_checked(self.folder / STATE, state.model_dump_json())
@@ -201,9 +195,3 @@ def _checked(path: Path) -> str:
     if checksum != hashlib.sha256(text.encode()).hexdigest():
         raise ValueError("damaged")
     return text
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)

@@ -38,7 +38,7 @@ def sparsity_report(
     Returns:
         `projections`: by name, `role`, `weights`, `zeros`, `sparsity`; and the share of zeros in the targeted
         projections (`targeted`), in all MLPs of the blocks (`mlp`), in all linear layers and experts but the head
-        (`linear`), in all parameters (`total`).
+        (`linear`), in all parameters (`total`); and how many these are (`parameters`).
     """
     counted: dict[str, dict[str, Any]] = {}  # every parameter by its name
     inside = {f"{block.name}.{name}": block for block in blocks for name, _ in block.module.named_parameters()}
@@ -58,6 +58,7 @@ def sparsity_report(
         "total": list(counted.values()),
     }
     return {
+        "parameters": sum(one["weights"] for one in wholes["total"]),
         "projections": {p.name: found[p.name] for p in targeted},
         **{key: _share(ones) for key, ones in wholes.items()},
     }

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Shelf:
         """`folder`: takes the blocks that are changed; the files of the source stay as they are."""
         self.model, self.blocks, self.index, self.device_map, self.folder = model, blocks, index, device_map, folder
         self.device = model.device
+        self._followers = {one.name: other for one, other in pairwise(blocks)}
         self._reader = ThreadPoolExecutor(1, "read a block")
         self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
 
@@ -52,12 +54,10 @@ class Shelf:
             found = self._next[1]
         else:
             found = self._reader.submit(self._read, block)
-        tensors, found, self._next = found.result(), None, None  # type: ignore[assignment]
-        following = [
-            other for before, other in zip(self.blocks, self.blocks[1:], strict=False) if before.name == block.name
-        ]
-        if following:
-            self._next = following[0].name, self._reader.submit(self._read, following[0])
+        tensors = found.result()
+        del found  # or it would keep what is taken out of it here
+        follower = self._followers.get(block.name)
+        self._next = None if follower is None else (follower.name, self._reader.submit(self._read, follower))
         for name in list(tensors):
             _put(block, name, tensors.pop(name))
         try:
@@ -71,13 +71,8 @@ class Shelf:
         """Have a block in memory, and write it, as `stored` gives each weight by its name, unless there is an error."""
         with self.hold(block):
             yield
-            tensors = {f"{block.name}.{name}": p.detach() for name, p in block.module.named_parameters()}
-            path = self.folder / f"{block.name}.safetensors"
-            with told(f"Cannot write {path}", "free space", OSError, SafetensorError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                kept = {name: stored(name, tensor).contiguous().cpu() for name, tensor in tensors.items()}
-                save_file(kept, path.with_suffix(".partial"))
-                os.replace(path.with_suffix(".partial"), path)
+            path = block_path(self.folder, block)
+            write_tensors(path, weights_of(block, stored))
         self.adopt(block, path)
 
     @contextmanager
@@ -115,6 +110,28 @@ class Shelf:
             require_finite(tensor, f"The weights {block.name}.{name}")
             tensors[f"{block.name}.{name}"] = tensor
         return tensors
+
+
+def block_path(folder: Path, block: Block) -> Path:
+    """Where a block lies in a folder of changed ones."""
+    return folder / f"{block.name}.safetensors"
+
+
+def weights_of(block: Block, stored: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    """The weights of a block by their full names, as they are to be stored."""
+    named = ((f"{block.name}.{name}", parameter.detach()) for name, parameter in block.module.named_parameters())
+    return {name: stored(name, tensor) for name, tensor in named}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, whole or not at all; makes the folder. DassError where they cannot be written."""
+    partial = path.with_suffix(".partial")
+    with told(f"Cannot write {path}", "free space or choose another folder", OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def load_streamed(

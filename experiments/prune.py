@@ -28,6 +28,7 @@ from dass.folders import require_own_folder
 from dass.models import load_model, load_tokenizer, memory_needed, model_folder, resolve_dtype
 from dass.pruning.comparison import diagnostics
 from dass.records import (
+    code_sha256,
     git_state,
     identity_of,
     machine_description,
@@ -177,8 +178,8 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             require_in_vocabulary(tokens, vocabulary, what)
             require_positions(model, tokens.shape[1], what)
 
-    machine, versions, git = machine_description(plan.device), package_versions(), git_state()
-    kept = Kept(scratch, identity_of({"machine": machine, "versions": versions, "git": git}))
+    machine, versions = machine_description(plan.device), package_versions()
+    kept = Kept(scratch, identity_of({"machine": machine, "versions": versions, "code": code_sha256()}))
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
     if plan.pruners:
         with stages.measure("pruning"):
@@ -196,7 +197,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         "determinants": plan.fingerprint.parts,
         "command": command_of(),
         "config": public(plan.composed) | {"resolved": {"dtype": plan.dtype, "batch_size": walked.batch_size}},
-        "git": git,
+        "git": git_state(),
         "versions": versions,
         "machine": machine,
         "stages": stages.as_dict(),
@@ -284,8 +285,7 @@ def score(
     record: dict[str, Any],
 ) -> None:
     """Evaluate the model, and put the metrics into the record."""
-    hold = None if shelf is None else shelf.hold
-    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size, hold, kept)
+    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size, shelf, kept)
 
 
 if __name__ == "__main__":

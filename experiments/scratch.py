@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
@@ -28,26 +27,26 @@ def claimed_run(results_dir: Path, run_id: str) -> AbstractContextManager[Claim 
 def scratch_folder(results_dir: Path, run_id: str, claim: Claim) -> Iterator[Path]:
     """Where a run keeps what it goes on from if it is killed, and what is too large for the memory.
 
-    It goes when the run is done, or fails as it would again; so do those of runs that are done by now.
+    It goes when the run is done, or has nothing to go on from; so do those of other runs that nobody is at.
     """
     for other in {path.name[1:].partition(".")[0] for path in results_dir.glob(".*")} - {run_id}:
-        if record_path(results_dir, other).is_file():
-            with claimed(_claim_path(results_dir, other), wait=False) as free:
-                if free is not None:
-                    shutil.rmtree(_folder(results_dir, other), ignore_errors=True)
-    folder, goes_on = _folder(results_dir, run_id), False
+        with claimed(_claim_path(results_dir, other), wait=False) as free:
+            if free is not None and free.owner:
+                _clear(results_dir / f".{other}", is_done=record_path(results_dir, other).is_file())
+    # without claims another process may be at the same run
+    folder, is_done = results_dir / (f".{run_id}" if claim.owner else f".{run_id}.{os.getpid()}"), False
     try:
         yield folder
-    except (SystemExit, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
-        goes_on = any((folder / name).is_file() for name in (STATE, LOSSES))
-        raise
+        is_done = True
     finally:
-        if not (goes_on or claim.lost):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not claim.owner or claim.is_held():
+            _clear(folder, is_done)
 
 
-def _folder(results_dir: Path, run_id: str) -> Path:
-    return results_dir / f".{run_id}"
+def _clear(folder: Path, is_done: bool) -> None:
+    """Remove the folder of a run that is done, or that has nothing to go on from."""
+    if is_done or not any((folder / name).is_file() for name in (STATE, LOSSES)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _claim_path(results_dir: Path, run_id: str) -> Path:

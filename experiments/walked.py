@@ -22,7 +22,7 @@ from dass.pruning.walk import Step, walk
 from dass.resume import Kept
 from dass.saving import rounding
 from dass.sparsity import PackedMasks, sparsity_report
-from dass.streaming import Shelf
+from dass.streaming import Shelf, block_path
 from experiments.fingerprint import source_of
 from experiments.resolve import Plan
 
@@ -67,6 +67,8 @@ def prune(
     if config.calibration.min_expert_tokens is not None and not any(u.routed for block in blocks for u in block.units):
         print("note: calibration.min_expert_tokens has no effect: the model has no experts", file=sys.stderr)
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
+    if config.batch_size is None and kept.state is not None:
+        size = kept.state.facts["batch_size"]  # on a GPU it follows the free memory, which may be another now
     walked = Walked(batch_size=size)
     needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
     start = _goes_on(walked, blocks, shelf, kept, config.masks is not None)
@@ -87,7 +89,7 @@ def prune(
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs))
         else:
             pruned = pruners[0].prune(step.block, step.streams, step.outputs)
-        sparsity = note(walked, step, pruned, config.masks is not None)
+        sparsity = note(walked, step, pruned, pruners[0].method.order, config.masks is not None)
         before, seconds = time.perf_counter(), time.perf_counter() - before
         log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
         say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
@@ -132,7 +134,7 @@ def _goes_on(
         if shelf is None:
             kept.restore(block)
         else:
-            shelf.adopt(block, kept.path_of(block))
+            shelf.adopt(block, block_path(kept.folder, block))
     print(f"note: goes on behind block {state.next} of {len(blocks)}, where it was stopped", file=sys.stderr)
     return state.next, [tensors[f"batch {i}"] for i in range(sum(name.startswith("batch ") for name in tensors))]
 
@@ -146,12 +148,14 @@ def require_excluded(plan: Plan, blocks: list[Block]) -> None:
             raise DassError(f"{key}={exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", key)
 
 
-def note(walked: Walked, step: Step, pruned: list[Pruned], keep_masks: bool) -> float:
+def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_masks: bool) -> float:
     """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
     walked.rare |= step.rare
     for one in pruned:
         mask, name = one.mask, one.projection.name
         walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
+        if mask.order is not None:
+            walked.projections[name]["order"] = order
         if one.chosen is not None:
             walked.projections[name]["chosen"] = one.chosen
         if one.damping is not None:

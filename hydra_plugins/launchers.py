@@ -108,10 +108,11 @@ class JoblibLauncher(SideBySide):
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         n_jobs, done = min(effective_n_jobs(self.settings["n_jobs"]), len(jobs)), 0
+        # the same throughout, as other threads round otherwise and would begin a run anew that was killed
+        share, given = max(1, cpu_count() // n_jobs), os.environ.get("OMP_NUM_THREADS", "")
+        threads = str(min(share, int(given)) if given.isdecimal() else share)
+        variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
         while done < len(jobs):
-            share, given = max(1, cpu_count() // n_jobs), os.environ.get("OMP_NUM_THREADS", "")
-            threads = str(min(share, int(given)) if given.isdecimal() else share)
-            variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
             # Ctrl-C is for this process, which ends the others
             pool = ProcessPoolExecutor(
                 n_jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN), env=variables

@@ -31,7 +31,7 @@ SPREAD_STYLE = {"n (neurons)": ("", "#000000", "-"), "x (inputs)": ("input_", "#
 ERROR_LEGEND = (
     "Squared error of a projection's output, relative to the squared dense output, over the calibration tokens; every "
     f"method on the dense inputs of the dense model. {WHOLE}: of what the whole MLP adds to the block, pruned in all "
-    f"its projections, over {SHARE:.0%} of the calibration batches. Mean over the blocks."
+    f"its projections, over {SHARE:.0%} of the calibration sequences. Mean over the blocks."
 )
 KEPT_LEGEND = (
     "Share of the sum of the scores of the dense weights that the mask keeps, by each method's own criterion. Mean "

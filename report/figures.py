@@ -80,7 +80,9 @@ def alpha_figure(cells: pd.DataFrame) -> Figure:
     points["x"] = [runs[0].options.get("alpha") if runs else None for runs in cells.runs]
     points["panel"] = cells.title + ", " + cells.pattern.map(str)
     points = points[points.x.notna() | (points.method == "wanda")]
-    return draw(points.sort_values(["table", "pattern"], kind="stable"), "alpha", "± 1 standard error")
+    return draw(
+        points.sort_values(["table", "pattern"], kind="stable"), "alpha", "± 1 standard error, unpaired: see the table"
+    )
 
 
 def curve_figure(cells: pd.DataFrame) -> Figure:
@@ -113,8 +115,16 @@ def calibration_figure(cells: pd.DataFrame) -> Figure:
 
 def difference_figure(cells: pd.DataFrame) -> Figure:
     """Difference of each method's loss to Wanda's, a group for each model and a panel for each pattern."""
-    points = _to_wanda(cells)
-    points = points.assign(x=points.model.str.replace("_", "\n"), is_open=[not one.counts for one in points.delta])
+    points = cells[(cells.method != "wanda") & (cells.pattern != DENSE) & cells.delta.notna()]
+    points = points.sort_values(["pattern", "table"], kind="stable")
+    points = points.assign(
+        panel=points.pattern.map(str),
+        ylabel="Δ loss to Wanda [nats]",
+        x=points.model.str.replace("_", "\n"),
+        y=[delta.mean for delta in points.delta],
+        error=[delta.stderr for delta in points.delta],
+        is_open=[not delta.counts for delta in points.delta],
+    )
     figure = draw(points, "", "± 1 standard error; open: cannot be told apart from Wanda", joined=False)
     for axes in figure.axes:
         axes.axhline(0, color=METHOD_STYLE["wanda"].color, linestyle="--", linewidth=0.8, zorder=0)
@@ -125,17 +135,11 @@ def difference_figure(cells: pd.DataFrame) -> Figure:
 
 
 def scale_figure(cells: pd.DataFrame) -> Figure:
-    """Difference of each method's loss to Wanda's over the parameters of the model, a panel for each pattern."""
-    sizes = {
-        table: max(run.parameters or 0 for runs in own.runs for run in runs) for table, own in cells.groupby("table")
-    }
-    points = _to_wanda(cells).assign(x=cells.table.map(sizes))
-    figure = draw(points[points.x > 0], "parameters", "± 1 standard error; dashed: Wanda")
-    for axes in figure.axes:
-        axes.axhline(0, color=METHOD_STYLE["wanda"].color, linestyle="--", linewidth=0.8, zorder=0)
-        axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=0.1)
-    return figure
+    """The same over the parameters of the model, the smallest first."""
+    sizes = cells.runs.map(lambda runs: max((run.parameters or 0 for run in runs), default=0))
+    sizes = sizes.groupby(cells.table).transform("max")
+    words = cells.model + "\n" + (sizes / 1e9).map("{:.2f} B".format)
+    return difference_figure(cells.assign(table=sizes.rank(method="dense"), model=words)[sizes > 0])
 
 
 def draw(points: pd.DataFrame, xlabel: str, note: str, joined: bool = True, explodes: bool = False) -> Figure:
@@ -231,20 +235,6 @@ def _points(cells: pd.DataFrame, y: Any, error: Any, ylabel: str | None = None) 
     x = [None if pattern == DENSE else str(pattern) for pattern in cells.pattern]
     label = ylabel or "perplexity, " + cells.dataset
     return cells.assign(panel=cells.title, ylabel=label, x=x, y=y, error=error, is_open=False)
-
-
-def _to_wanda(cells: pd.DataFrame) -> pd.DataFrame:
-    """Filled points of the differences to Wanda, a panel for each pattern."""
-    points = cells[(cells.method != "wanda") & (cells.pattern != DENSE) & cells.delta.notna()]
-    points = points.sort_values(["pattern", "table"], kind="stable")
-    return points.assign(
-        panel=points.pattern.map(str),
-        ylabel="Δ loss to Wanda [nats]",
-        y=[delta.mean for delta in points.delta],
-        error=[delta.stderr for delta in points.delta],
-        is_open=False,
-        source=None,
-    )
 
 
 def _places(axes: Axes, words: pd.Series) -> pd.Series:

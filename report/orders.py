@@ -15,15 +15,16 @@ from matplotlib.figure import Figure
 from report.figures import draw
 from report.grid import MISSING, Grid, marked, number, recorded
 from report.runs import RANDOM, RELEASED, Run
-from report.tables import Difference, paired_difference
+from report.tables import Difference
 from report.words import facts_of
 
 DRAWN = (RANDOM, RELEASED)
 CHOSEN = ("spread", "matched")
 ORDER_LEGEND = (
     "Random: mean ± standard deviation (number of orders). Δ: difference of the mean loss to that of the random "
-    "orders, nats per token, paired over windows, with the standard error over windows and random orders; ≈: within "
-    f"two of them, or Student's quantile where there are few orders. {MISSING}: not run."
+    "orders, nats per token, paired over windows; its error is that over windows and of one more random order, so that "
+    "a gain counts where a random order would hardly give it; ≈: within two errors, or Student's quantile of them. "
+    f"{MISSING}: not run."
 )
 VARIANCE_LEGEND = (
     "Δ loss: nats per token, mean over the random orders. Its variance, were it measured once: between random orders, "
@@ -59,9 +60,19 @@ def order_frame(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain(row: Any, order: str) -> Difference | None:
-    """The loss of a chosen order minus the mean over the random ones; None where one of the two is missing."""
-    runs = getattr(row, order)
-    return paired_difference(runs, row.random) if runs and row.random else None
+    """The loss of a chosen order minus the mean over the random ones; None where it is missing, or they are one.
+
+    It counts where it lies beyond what one more random order could be: the variance is that over the windows, and
+    s^2 (1 + 1 / k) of k random orders whose variance is s^2.
+    """
+    chosen, random = getattr(row, order), np.array([run.losses for run in row.random])
+    if not chosen or len(random) < 2:
+        return None
+    differences = np.array(chosen[0].losses) - random.mean(axis=0)
+    k, of_order = len(random), random.mean(axis=1).var(ddof=1)
+    variance = differences.var(ddof=1) / len(differences) + of_order * (1 + 1 / k)
+    freedom = variance**2 * (k - 1) / (of_order * (1 + 1 / k)) ** 2 if of_order else math.inf
+    return Difference(float(differences.mean()), math.sqrt(variance), float(freedom))
 
 
 def order_grid(frame: pd.DataFrame) -> Grid:
@@ -132,11 +143,14 @@ def order_figure(frame: pd.DataFrame) -> Figure:
         usual = np.mean([np.mean(run.losses) for run in cell.random]) if cell.random else math.nan
         for rank, order in enumerate(DRAWN + CHOSEN):
             for run in getattr(cell, order):
-                point = {"rank": rank, "label": order, "method": order, "source": None, "is_open": order == RANDOM}
-                point |= {"x": cell.label, "y": float(np.mean(run.losses) - usual), "error": 0.0}
+                point = {"rank": rank, "label": order, "method": order, "source": None, "is_open": False}
+                point |= {"x": cell.label.replace(" (", "\n("), "y": float(np.mean(run.losses) - usual), "error": 0.0}
                 panel = f"{cell.model}, {cell.pattern}"
                 points.append(point | {"panel": panel, "ylabel": "Δ loss to the random orders [nats]"})
-    return draw(pd.DataFrame(points), "", "one point for each order", joined=False)
+    figure = draw(pd.DataFrame(points), "", "one point for each order", joined=False)
+    for axes in figure.axes:
+        axes.tick_params(axis="x", labelsize=6)
+    return figure
 
 
 def _placed(table: pd.DataFrame, cell: Any, order: str) -> list[Run]:

@@ -23,9 +23,9 @@ BOLD_LEGEND = (
 LEGEND = (
     "± one standard error over windows; draws: of the calibration set, of the neurons' order, or of the model's "
     "training; sd: over them. Bold: the lowest perplexity of a pattern and every other that cannot be told "
-    f"{BOLD_LEGEND}≈: cannot be told apart from the reference by the same rule. Δ loss: nats per token; ratio: of the "
-    "perplexities. Targeted, all linear: share of zeros in the targeted weights, in all linear ones. "
-    f"{MISSING}: not run, or does not apply."
+    f"{BOLD_LEGEND}≈: cannot be told apart from the reference by the same rule. Δ loss: nats per token; ratio: its "
+    "exponential, a ratio of geometric means where there are several draws. Targeted, all linear: share of zeros in "
+    f"the targeted weights, in all linear ones. {MISSING}: not run, or does not apply."
 )
 SIDE_BY_SIDE_LEGEND = (
     f"Perplexity. Bold: the lowest of a pattern and every other that cannot be told {BOLD_LEGEND}{MISSING}: not run."

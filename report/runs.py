@@ -116,11 +116,8 @@ class Run:
 
     @property
     def parameters(self) -> int | None:
-        """All of the model's parameters; told by the record of a pruned one."""
-        if self.record is None or not self.record["sparsity"]["total"]:
-            return None
-        sparsity = self.record["sparsity"]
-        return round(sum(one["zeros"] for one in sparsity["projections"].values()) / sparsity["total"])
+        """All of the model's parameters; our first records do not tell them."""
+        return self.record["sparsity"].get("parameters") if self.record else None
 
     @property
     def accuracies(self) -> dict[str, dict[str, Any]]:

@@ -136,8 +136,9 @@ def paired_difference(ours: list[Run], theirs: list[Run]) -> Difference | None:
 
     Only runs of the same model contents are paired. The variance is that of the windows' differences and, where a
     method ran with several draws (of seeds or of neuron orders), that between them: of the differences where both ran
-    with the same ones, else of each method. None, too, where one of them still lacks the other's draws, which would
-    pass for one without noise.
+    with the same ones, else of each method. Draws of one trained model, or else of one neuron order, are no independent
+    ones: their mean is one. None, too, where one of them still lacks the other's draws, which would pass for one
+    without noise.
     """
     both = [[run for run in runs if run.samples] for runs in (ours, theirs)]
     shared = set.intersection(*({run.model_identity for run in runs} for runs in both))
@@ -145,21 +146,20 @@ def paired_difference(ours: list[Run], theirs: list[Run]) -> Difference | None:
     if not shared or min(map(len, pair[0][0].samples)) < 2:
         return None
     fewer = len(shared) == 1 and max(map(len, both)) > max(map(len, pair))
-    samples = [[np.array(part) for part in zip(*(run.samples for run in runs), strict=True)] for runs in pair]
-    a, b = samples  # of the text, or of each task: (n_draws, n_windows or n_items)
-    of_draws = [np.mean([part.mean(axis=1) for part in parts], axis=0) for parts in samples]  # (n_draws,)
     replicates = [[run.replicate for run in runs] for runs in pair]
     drawn = [len(set(part)) > 1 for part in zip(*(run.replicate for runs in both for run in runs), strict=True)]
+    samples = [
+        [_of_units(np.array(part), own, by_training=drawn[0] or drawn[3], by_order=drawn[2]) for part in parts]
+        for own, parts in zip(
+            replicates, (zip(*(run.samples for run in runs), strict=True) for runs in pair), strict=True
+        )
+    ]
+    a, b = samples  # of the text, or of each task: (n_draws, n_windows or n_items)
+    of_draws = [np.mean([part.mean(axis=1) for part in parts], axis=0) for parts in samples]  # (n_draws,)
     if replicates[0] == replicates[1] and not fewer:
         of_draws = [of_draws[0] - of_draws[1]]
     elif any(len(runs) == 1 and any(itertools.compress(drawn, runs[0].depends_on)) for runs in pair):
         return None
-    trainings = [[(training, machine) for training, *_, machine in own] for own in replicates]
-    if len(set(trainings[0])) > 1:  # draws of one trained model are no independent ones
-        of_draws = [
-            pd.Series(values).groupby(pd.MultiIndex.from_tuples(own)).mean().to_numpy()
-            for values, own in zip(of_draws, trainings, strict=False)
-        ]
     of_windows = [x.mean(axis=0) - y.mean(axis=0) for x, y in zip(a, b, strict=True)]
     mean = float(np.mean([d.mean() for d in of_windows]))
     variance = sum(d.var(ddof=1) / len(d) for d in of_windows) / len(of_windows) ** 2
@@ -167,6 +167,18 @@ def paired_difference(ours: list[Run], theirs: list[Run]) -> Difference | None:
     variance += sum(v for v, _ in draws)
     uncertain = sum(v**2 / freedom for v, freedom in draws)
     return Difference(mean, math.sqrt(variance), float(variance**2 / uncertain) if uncertain else math.inf)
+
+
+def _of_units(
+    values: np.ndarray, replicates: list[tuple[int, int, int, str]], by_training: bool, by_order: bool
+) -> np.ndarray:
+    """Means over the draws that are no independent ones, (n_units, n); from (n_draws, n)."""
+    if not (by_training or by_order):
+        return values
+    units: dict[Any, list[int]] = defaultdict(list)
+    for index, (training, _, order, machine) in enumerate(replicates):
+        units[(training, machine) if by_training else order].append(index)
+    return np.array([values[own].mean(axis=0) for own in units.values()])
 
 
 def _grouped(runs: list[Run], labels: dict[str, str]) -> list[tuple[tuple, list[Run]]]:

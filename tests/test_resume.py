@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dass import resume
+from dass.errors import DassError
 from dass.resume import STATE, Kept
 from experiments import walked
 from tests.experiments.test_prune import ROOT, records, run, setting  # noqa: F401  (a fixture)
+from tests.models import VOCABULARY, tiny_model
+from tests.tokenizers import tiny_tokenizer
 
 OBS = ("method=sparsegpt", "sparsity=2of4")
 
@@ -152,7 +155,8 @@ def test_masks_that_the_first_attempt_did_not_keep_are_all_there(setting, tmp_pa
     assert same(ended(tmp_path, one), ended(tmp_path, other))
 
 
-def test_another_machine_begins_anew_with_its_losses_too(setting, tmp_path, monkeypatch, capsys, always):  # noqa: F811
+@pytest.mark.parametrize("what", ["code", "machine"])
+def test_another_machine_or_code_begins_anew_with_its_losses_too(setting, tmp_path, monkeypatch, capsys, always, what):  # noqa: F811
     from dass.evaluation import perplexity
     from experiments import prune
 
@@ -161,7 +165,10 @@ def test_another_machine_begins_anew_with_its_losses_too(setting, tmp_path, monk
         run(*setting, *OBS, *overrides(tmp_path / "other"), "batch_size=2")
     back()
     original, calls, scores = prune.machine_description, [], perplexity.window_losses
-    monkeypatch.setattr(prune, "machine_description", lambda device: original(device) | {"threads": 77})
+    if what == "code":
+        monkeypatch.setattr(prune, "code_sha256", lambda: "edited")
+    else:
+        monkeypatch.setattr(prune, "machine_description", lambda device: original(device) | {"threads": 77})
     monkeypatch.setattr(perplexity, "window_losses", lambda *a: (calls.append(1), scores(*a))[1])
     run(*setting, *OBS, *overrides(tmp_path / "other"), "batch_size=2")
     assert "another machine or version, so it begins anew" in capsys.readouterr().err
@@ -193,6 +200,49 @@ def test_writing_takes_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
         now[0] += 7
         kept.keep(1, [], dict, dict, lambda name, tensor: tensor)
     assert written[0] >= 60 and 10 * len(written) <= 0.05 * now[0] + 10 and len(written) > 2
+
+
+@pytest.mark.parametrize("what", ["write_tensors", "_write_checked"])
+def test_a_disk_that_is_full_costs_no_run(setting, tmp_path, monkeypatch, capsys, always, what):  # noqa: F811
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(*setting, *OBS, *overrides(one))
+
+    def full(*_):
+        raise DassError("Cannot write: free space.")
+
+    monkeypatch.setattr(resume, what, full)
+    run(*setting, *OBS, *overrides(other))
+    assert "could not be kept: Cannot write" in capsys.readouterr().err
+    assert same(ended(tmp_path, one), ended(tmp_path, other))
+
+
+def test_what_failed_goes_on_from_what_was_kept(setting, tmp_path, monkeypatch, capsys, always):  # noqa: F811
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(*setting, *OBS, *overrides(one))
+    original = walked.note
+    monkeypatch.setattr(
+        walked, "note", lambda walked, step, *rest: original(walked, step, *rest) if step.index < 2 else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        run(*setting, *OBS, *overrides(other))
+    monkeypatch.setattr(walked, "note", original)
+    run(*setting, *OBS, *overrides(other))
+    assert "goes on behind block 2 of 3" in capsys.readouterr().err
+    assert same(ended(tmp_path, one), ended(tmp_path, other))
+
+
+def test_blocks_that_share_state_are_never_gone_on_with(setting, tmp_path, monkeypatch, capsys, always):  # noqa: F811
+    model = tmp_path / "model"
+    tiny_model("gemma4_text", vocab_size=VOCABULARY).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    back = killed_at(monkeypatch, walked, "note", 2)
+    given = [one for one in setting if not one.startswith("evaluation")] + ["evaluation=none", "method=wanda"]
+    with pytest.raises(SystemExit):
+        run(*given, f"results_dir={tmp_path / 'runs'}")
+    back()
+    assert not list(tmp_path.glob("runs/.*/state.json"))
+    run(*given, f"results_dir={tmp_path / 'runs'}")
+    assert "goes on" not in capsys.readouterr().err and len(records(tmp_path)) == 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from dass import NM, BlockPruner, Method
@@ -14,7 +15,7 @@ from dass.pruning.layout import find_blocks
 from dass.pruning.walk import walk
 from dass.saving import round_to, rounding, save_model
 from dass.sparsity import sparsity_report
-from dass.streaming import load_streamed
+from dass.streaming import Shelf, load_streamed
 from tests.experiments.test_prune import command, records, setting  # noqa: F401  (a fixture)
 from tests.models import LAYOUTS, random_tokens, tiny_model
 
@@ -49,7 +50,7 @@ def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method):
     tiny_model(layout).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     whole, streamed, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
     tokens, windows = random_tokens(4, 24), random_tokens(3, 16, seed=1).split(2)
-    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf.hold).losses
+    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses
     expected = pruned(whole, METHODS[method], tokens)
     stored = rounding(streamed, "bfloat16")
     found = pruned(streamed, METHODS[method], tokens, lambda block: shelf.change(block, stored))
@@ -57,7 +58,7 @@ def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method):
     for model in (whole, streamed):
         round_to(model, "bfloat16")
     assert all(p.is_meta for block in shelf.blocks for p in block.module.parameters())
-    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf.hold).losses
+    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses
     targeted = [[p for block in find_blocks(model) for p in block.projections] for model in (whole, streamed)]
     assert sparsity_report(whole, find_blocks(whole), targeted[0]) == sparsity_report(
         streamed, find_blocks(streamed), targeted[1], shelf.hold
@@ -69,7 +70,7 @@ def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method):
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], weight) and ours[name].dtype == weight.dtype for name, weight in theirs.items())
-    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf.hold).losses  # after saving, too
+    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses  # after saving, too
 
 
 def test_a_block_that_an_error_interrupts_stays_as_it_was(tmp_path):
@@ -136,3 +137,22 @@ def test_a_model_that_does_not_fit_is_streamed_and_this_is_said(setting, tmp_pat
     run(*setting, "method=wanda")
     assert "needs 3.0 GB of 2.0 GB" in capsys.readouterr().err
     assert records(tmp_path)[0]["sparsity"]["targeted"] == 0.5
+
+
+def test_a_model_that_computes_between_its_blocks_is_refused():
+    model = tiny_model()
+    model.model.layers[0].register_forward_hook(lambda module, given, output: output * 0.5)
+    with pytest.raises(DassError, match="between its blocks"):
+        pruned(model, METHODS["dass"], random_tokens(2, 8))
+
+
+def test_a_layout_that_is_given_in_words_is_evaluated_too(tmp_path):
+    model, windows, file = tiny_model(), random_tokens(2, 16).split(1), tmp_path / "weights.safetensors"
+    for layer in model.model.layers:
+        layer.extra = torch.nn.Linear(32, 32, bias=False)
+    expected = perplexity(model, windows).losses
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    save_file(weights, file)
+    index = {name: {"safetensors_file": str(file), "weight_name": name, "dtype": "float32"} for name in weights}
+    blocks = find_blocks(model, {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "dense": "extra"})
+    assert perplexity(model, windows, Shelf(model, blocks, index, {}, tmp_path)).losses == expected

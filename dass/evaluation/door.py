@@ -13,12 +13,12 @@ from dass.data.sources import SOURCES
 from dass.data.texts import FIELD, sha256_of
 from dass.data.tokens import Bos, Tokenizer
 from dass.errors import DassError
-from dass.evaluation.perplexity import evaluation_windows, ignored, perplexity
+from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.evaluation.zero_shot import STOCK, Source, item_files, zero_shot, zero_shot_tasks
 from dass.models import batch_size_for
 from dass.names import unknown
-from dass.pruning.blocks import Hold
 from dass.resume import Kept
+from dass.streaming import Shelf
 
 ZERO_SHOT: dict[str, Source] = {"zero_shot": "hub", "zero_shot_packaged": "packaged", "zero_shot_folder": "folder"}
 ZERO_SHOT_TOKENS = 64  # of a choice, about, with its share of the context: what a batch size is reckoned from
@@ -66,12 +66,12 @@ def evaluate(
     evaluation: Evaluation,
     model: PreTrainedModel,
     batch_size: int | None = None,
-    hold: Hold | None = None,
+    shelf: Shelf | None = None,
     kept: Kept | None = None,
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Score a model as it is in memory, `batch_size` sequences at a time (None: what fits the memory).
 
-    Where its blocks lie on disk, `hold` has one of them in memory, and all sequences go through it. What an earlier
+    Where its blocks lie on a shelf, all sequences go through one of them after the other. What an earlier
     process has scored is `kept`.
 
     Returns:
@@ -80,8 +80,8 @@ def evaluate(
     """
     if evaluation.windows is not None:
         size = batch_size or batch_size_for(model, evaluation.windows.shape[1])
-        known, done = (kept.losses(size), partial(kept.keep_losses, size)) if kept is not None else ([], ignored)
-        result = perplexity(model, evaluation.windows.split(size), hold, known, done)
+        known, done = (kept.losses(size), partial(kept.keep_losses, size)) if kept is not None else ([], None)
+        result = perplexity(model, evaluation.windows.split(size), shelf, known, done)
         metric = {"dataset": evaluation.name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
         return [metric | {"n": len(result.losses), "seq_len": result.seq_len, "tokens": result.tokens}], result.losses
     if not evaluation.tasks:

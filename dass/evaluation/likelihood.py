@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from dass.errors import DassError
 from dass.progress import progress
 
 
@@ -29,8 +30,11 @@ class Choice(NamedTuple):
 def log_likelihoods(model: PreTrainedModel, items: list[list[Choice]], batch_size: int) -> list[list[float]]:
     """Of each item the log-likelihood of each choice's continuation behind its context [nats], summed over its tokens.
 
-    Items of like length run together, `batch_size` choices at a time, but never less than an item.
+    Items of like length run together, `batch_size` choices at a time, but never less than an item. DassError where a
+    choice is empty.
     """
+    if any(not choice.continuation for item in items for choice in item):
+        raise DassError("A choice of the zero-shot items has no text: mend the items.", "evaluation.path")
     found: dict[int, list[float]] = {}
     for batch in progress(_batches(items, batch_size), "evaluation", "batch"):
         values = iter(_of_batch(model, [items[index] for index in batch]))

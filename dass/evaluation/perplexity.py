@@ -23,15 +23,9 @@ from dass.data.tokens import Bos, Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.progress import progress
-from dass.pruning.blocks import Hold
 from dass.pruning.calls import block_by_block
-from dass.pruning.layout import find_blocks
 from dass.stages import release_freed_memory
-
-
-def ignored(losses: list[float]) -> None:
-    """Nobody is told."""
-
+from dass.streaming import Shelf
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the chunk of logits that exists at a time: 64 MB in fp32."""
@@ -93,16 +87,16 @@ def evaluation_windows(
 def perplexity(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
-    hold: Hold | None = None,
+    shelf: Shelf | None = None,
     known: Sequence[float] = (),
-    done: Callable[[list[float]], None] = ignored,
+    done: Callable[[list[float]], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model over batches of windows, `(batch, seq_len)` int64 each.
 
     Args:
-        hold: has a block in memory, of a model whose blocks are not; all windows go through one after the other.
+        shelf: of a model whose blocks lie on disk; all windows go through one after the other.
         known: losses of the first windows, as an earlier call on the same batches had them.
-        done: is told of all losses so far, after each batch.
+        done: is told of all losses so far, after each batch; of streamed ones only once the blocks are through.
 
     Raises:
         DassError: a loss is not finite, or there is no window.
@@ -115,14 +109,15 @@ def perplexity(
         losses += known[len(losses) : len(losses) + len(waiting.pop(0))]
     inputs = [batch.to(model.device) for batch in waiting]
     ready = (
-        block_by_block(model, find_blocks(model), inputs, hold)
-        if hold is not None and inputs
-        else repeat(nullcontext())
+        repeat(nullcontext())
+        if shelf is None or not inputs
+        else block_by_block(model, shelf.blocks, inputs, shelf.hold)
     )
     for batch, prepared in zip(progress(inputs, "evaluation", "batch"), ready, strict=False):
         with prepared:
             losses += window_losses(model, batch).tolist()
-        done(losses)
+        if done is not None:
+            done(losses)
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise DassError(f"The loss of window {i} is not finite: check the weights, or load them in a wider dtype.")

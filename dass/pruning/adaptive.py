@@ -1,6 +1,7 @@
 """Choose between methods by the error of the whole MLP: no rule in advance tells which one suits a unit."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from dass.pruning.pruner import BlockPruner, Needs, Pruned
 from dass.pruning.statistics import Streams
 
 Outputs = Callable[[float], Iterator[Tensor]]
-"""Runs a block with its weights as they are on this share of its inputs; gives its outputs batch by batch."""
+"""Runs a block with its weights as they are on this share of its sequences; gives its outputs batch by batch."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class AdaptivePruner:
     candidates: Mapping[str, BlockPruner]
     """By name; attention, where it is a target, is pruned by the first."""
     share: float = 0.25
-    """Of the calibration batches that errors are measured on."""
+    """Of the calibration sequences that errors are measured on."""
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none."""
@@ -100,9 +101,9 @@ class AdaptivePruner:
 
 
 def squared_error(dense: list[Tensor], outputs: Iterator[Tensor]) -> float:
-    """||Y' - Y||^2 over the outputs of a block."""
-    parts = [(one - other).float().square().sum() for one, other in zip(outputs, dense, strict=True)]
-    return float(torch.stack(parts).sum())
+    """||Y' - Y||^2 over the outputs of a block; infinite where it is no number, so that no candidate wins by that."""
+    parts = [(one.float() - other.float()).square().sum() for one, other in zip(outputs, dense, strict=True)]
+    return float(torch.stack(parts).sum().nan_to_num(nan=math.inf, posinf=math.inf))
 
 
 def _weights(unit: Unit) -> dict[str, Tensor]:

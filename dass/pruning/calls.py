@@ -38,6 +38,11 @@ class Activations:
     tail: tuple[Any, ...] | None = None
     """What else a block returns beside the hidden states; None where it returns them alone."""
 
+    @property
+    def share_state(self) -> bool:
+        """Whether blocks are given objects that others may fill, so that none can run without those before it."""
+        return any(_may_change(call) for calls in self.calls for call in calls)
+
     def returned(self, hidden: Tensor) -> Any:
         """What a block returns that gives these hidden states."""
         return hidden if self.tail is None else (hidden, *self.tail)
@@ -63,6 +68,8 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], inputs: Seque
             calls.append(Call(rest, keywords))
             if index == 0:
                 activations.batches.append(hidden)
+            elif hidden is not activations.batches[-1]:
+                raise DassError(f"{type(model).__name__} computes between its blocks, which this walk does not see.")
             if not ran:  # whether blocks return tuples, and what else is in them, only a real run can tell
                 output, ran = original(hidden, *rest, **keywords), True
                 activations.tail = tuple(output[1:]) if isinstance(output, tuple | list) else None
@@ -93,10 +100,11 @@ def block_by_block(
     Yields:
         For each batch a context in which the model's forward on it hands over what the blocks have given.
     """
-    with hold(blocks[0]):
-        activations = enter_first_block(model, blocks, inputs)
+    activations = Activations()
     for index, block in enumerate(blocks):
         with hold(block):
+            if index == 0:
+                activations = enter_first_block(model, blocks, inputs)
             for i, hidden in enumerate(activations.batches):
                 activations.batches[i] = activations.calls[i][index](block, hidden)
     for i in range(len(activations.batches)):
@@ -123,6 +131,15 @@ def _alike(one: list[Call], other: list[Call]) -> bool:
         return False
     equal = [(a == b).all() for a, b in pairs.values()]
     return not equal or bool(torch.stack([answer.to(equal[0].device) for answer in equal]).all())
+
+
+def _may_change(value: Any) -> bool:
+    """Whether an argument is more than a tensor, a number, a word, or several of them."""
+    if isinstance(value, Call):
+        return _may_change([*value.arguments, *value.keywords.values()])
+    if isinstance(value, list | tuple):
+        return any(map(_may_change, value))
+    return not (value is None or isinstance(value, Tensor | int | float | str))
 
 
 def _built_alike(one: Any, other: Any, pairs: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> bool:

@@ -19,7 +19,7 @@ from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
 
 ALPHA = 0.5  # the paper's exponent of n
-SHARE = 0.25  # of the calibration batches that the error of a whole MLP is measured on
+SHARE = 0.25  # of the calibration sequences that the error of a whole MLP is measured on
 WHOLE = "mlp"  # stands among the roles for all of a block's MLP
 
 ByRole = dict[str, dict[str, float | None]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dass.errors import DassError
-from dass.pruning.adaptive import AdaptivePruner
+from dass.pruning.adaptive import AdaptivePruner, squared_error
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import Method
@@ -82,3 +82,18 @@ def test_what_is_no_choice():
         AdaptivePruner(candidates(), share=0)
     with pytest.raises(DassError, match="differ in their targets, pattern"):
         AdaptivePruner(candidates() | {"other": candidates(Unstructured(0.5))["dass"]})
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_the_choice_does_not_depend_on_the_batches(batch_size):
+    tokens, found = random_tokens(8), []
+    for size in (1, batch_size):
+        model = tiny_model("llama", torch.float64)
+        found.append(prune_model(model, AdaptivePruner(candidates(), share=0.3), tokens, size))
+    assert all(torch.equal(mask.keep, found[1][name].keep) for name, mask in found[0].items())
+
+
+def test_an_error_that_is_no_number_never_wins():
+    assert squared_error([torch.tensor([1.0])], iter([torch.tensor([torch.nan])])) == float("inf")
+    wide = torch.tensor([60000.0], dtype=torch.float16)
+    assert squared_error([wide], iter([-wide])) == pytest.approx(120000.0**2)

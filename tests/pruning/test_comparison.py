@@ -110,7 +110,7 @@ def test_errors_and_overlaps_are_those_of_each_method_alone(pattern, targets):
 )
 @pytest.mark.parametrize("targets", ["mlp", "all"])
 def test_the_error_of_the_whole_mlp_is_that_of_what_it_adds(architecture, adds, targets):
-    """On a quarter of the batches, rounded up: the first of three."""
+    """On a quarter of the sequences, rounded up: two of six."""
     model, input_ids = tiny_model(architecture, torch.float64), random_tokens(6, 40)
     chosen = pruners(targets=targets)
     measured = compare(model, chosen, input_ids)["errors"]

@@ -10,10 +10,11 @@ from dass.pruning import update as solver
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured, select_mask, verify_mask
 from dass.pruning.method import Method
+from dass.pruning.observe import open_streams
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import InputStream, damped_inverse
 from dass.pruning.update import obs_sweep
-from dass.pruning.walk import open_streams, prune_model
+from dass.pruning.walk import prune_model
 from tests.models import random_tokens, tiny_model
 
 ROLES = ("gate", "up", "down", "q", "k", "v", "o")

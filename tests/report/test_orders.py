@@ -7,7 +7,7 @@ from scipy import stats
 from report.kinds import KINDS
 from report.orders import gain, order_frame, variances
 from report.reading import runs_of
-from report.tables import cells_of, find
+from report.tables import cells_of, find, paired_difference
 from tests.report.records import identify, losses, make_record
 from tests.report.test_kinds import drawn, material, rows_of
 
@@ -53,8 +53,9 @@ def test_the_gain_of_a_chosen_order_is_over_the_mean_of_the_random_ones():
     of_windows = (spread - random.mean(axis=0)).var(ddof=1) / 16
     of_orders = random.mean(axis=1).var(ddof=1) / 3
     assert found.mean == pytest.approx(spread.mean() - random.mean())
-    assert found.stderr == pytest.approx(np.sqrt(of_windows + of_orders))
-    assert found.freedom == pytest.approx(2 * (of_windows + of_orders) ** 2 / of_orders**2)
+    of_one_more = of_orders * (3 + 1)
+    assert found.stderr == pytest.approx(np.sqrt(of_windows + of_one_more))
+    assert found.freedom == pytest.approx(2 * (of_windows + of_one_more) ** 2 / of_one_more**2)
     assert found.counts == (abs(found.mean) > max(2, stats.t.ppf(0.975, found.freedom)) * found.stderr)
     assert gain(row, "matched") is None
 
@@ -107,15 +108,42 @@ def test_unstructured_rows_and_rows_without_orders_have_no_order():
     assert not report.grids and report.draw is None
 
 
-def test_the_figure_over_size_has_each_model_at_its_parameters():
+def test_the_figure_over_size_has_the_models_by_their_parameters():
     records = []
-    for model, weights in (("small", 1000), ("large", 8000)):
+    for model, parameters in (("large", 8 * 10**8), ("small", 10**8)):
         for name, shift in (("wanda", 0.0), ("dass", 0.1 if model == "small" else 0.4)):
             record = make_record(f"{model}-{name}", name, losses(shift, 0.01 * len(name)), model=model)
-            part = {"role": "up", "weights": weights // 2, "zeros": weights // 4, "sparsity": 0.5, "pattern": "2:4"}
-            record["sparsity"] |= {"projections": {"p": part | {"axis": "in"}}, "total": 0.25}
+            record["sparsity"]["parameters"] = parameters
             records.append(record)
     (axes,) = drawn(KINDS["scale"](material(*records))).axes
-    line = axes.containers[0].lines[0]
-    assert list(line.get_xdata()) == [1000, 8000]
-    assert list(line.get_ydata()) == pytest.approx([0.1, 0.4], abs=0.01)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["small\n0.10 B", "large\n0.80 B"]
+    assert list(axes.containers[0].lines[0].get_ydata()) == pytest.approx([0.1, 0.4], abs=0.01)
+
+
+def test_draws_of_the_calibration_set_in_one_order_count_as_one_order():
+    """Released with three seeds and random with one: two orders, and the mean is of both alike."""
+    shifts = {"released": (0.10, 0.14, 0.12), "random": (0.30,)}
+    runs = {}
+    for method in ("wanda", "dass"):
+        records = []
+        for order, own in shifts.items():
+            for seed, shift in enumerate(own):
+                moved = 0.0 if method == "wanda" else shift
+                records.append(in_order(f"{method}{order}{seed}", method, moved, order, 0, seed=seed))
+        runs[method] = runs_of(records)
+    found = paired_difference(runs["dass"], runs["wanda"])
+    assert found.mean == pytest.approx((0.12 + 0.30) / 2)
+    assert found.stderr == pytest.approx(np.std([0.12, 0.30], ddof=1) / np.sqrt(2)) and found.freedom == pytest.approx(
+        1
+    )
+
+
+def test_a_chosen_order_that_is_one_more_random_one_seldom_counts():
+    draws, told = np.random.default_rng(0), 0
+    for _ in range(400):
+        runs = [
+            in_order(f"r{i}", "wanda", draws.normal(0, 0.05), "random" if i else "spread", i, noise=0.01 * i)
+            for i in range(4)
+        ]
+        told += gain(next(order_frame(cells_of(runs_of(runs))).itertuples()), "spread").counts
+    assert told / 400 < 0.09
