@@ -134,7 +134,7 @@ def stage_row(method: str, name: str, stages: list[Stage], device: Device, work:
         "Memory traffic": f"{sum(stage.moved_bytes for stage in stages) / 1e9:,.0f} GB",
         "Time": time,
         "Peak memory": f"{peak:,.1f} GB",
-        "Fits": "yes" if count == 1 else f"no: {count} x {device.name} or offload",
+        "Fits": "yes" if count == 1 else f"no: {count} x {device.name} or memory=stream",
     }
 
 
@@ -146,11 +146,12 @@ def notes(
     found = [
         f"Times are estimates, none is measured: each is the largest of operations / ({reached:g} x peak), traffic / "
         f"({reached:g} x {device.bandwidth_gb_s:g} GB/s), small operations in a chain x {device.launch_us:g} µs, "
-        f"weights from disk at {device.disk_gb_s:g} GB/s. Peaks: {device.tflops_16bit:g} TFLOP/s in 16 bits, "
-        f"{device.tflops_fp32:g} in fp32, in which statistics and solver are. Tokenising is left out.",
+        f"weights from disk at {device.disk_gb_s:g} GB/s; and the traffic between products is added. Peaks: {device.tflops_16bit:g} TFLOP/s in 16 bits, "
+        f"{device.tflops_fp32:g} in fp32, in which the solver is, and statistics of fp32 activations (those of 16 bits are "
+        "multiplied in 16 bits and summed in fp32). Tokenising is left out.",
         f"Memory is that of {work.batch_size} sequence(s) per forward, without the allocator's waste; GB are 10^9 "
         "bytes.",
-        "The walk holds the whole model on one device; more devices and offloading are not implemented.",
+        "The walk is taken to hold the whole model on one device; memory=stream holds two or three blocks of it.",
         f"Calibration: {work.n_sequences} x {work.seq_len} tokens.",
     ]
     if windows is not None:

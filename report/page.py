@@ -50,10 +50,7 @@ class View:
         """The paired difference of a cell to another method, or to its own with other options."""
         words, others = (than, {}) if isinstance(than, str) else (method, options | than)
         other = self.cell(words, "dense" if words == "dense" else pattern, **others)
-        difference = paired_difference(self.cell(method, pattern, **options).runs, other.runs)
-        if difference is None:
-            raise DassError(f"The page compares {method} at {pattern} with {than}, which cannot be compared.")
-        return difference
+        return compare(self.cell(method, pattern, **options), other)
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,11 @@ class Page:
         runs = {run.id: run for name in experiments or self.runs for run in self._of(name)}
         stages = [stage for run in runs.values() if run.record for stage in run.record["stages"].values()]
         return sum(stage["seconds"] for stage in stages) / 60
+
+    def machines(self) -> list[str]:
+        """What the runs ran on."""
+        found = {run.record["machine"]["cpu"] for runs in self.runs.values() for run in runs if run.record}
+        return sorted(found)
 
     def block_mean(self, model: str, measure: str, methods: str = "", role: str = "", reduce: str = "mean") -> float:
         """A number of the diagnostics, over the blocks."""
@@ -98,6 +100,25 @@ class Page:
         if experiment not in self.runs:
             raise DassError(f"The page needs the sweep experiment={experiment} scale=small: launch it first.")
         return self.runs[experiment]
+
+
+def compare(one: Any, other: Any) -> Difference:
+    """The paired difference of any two cells of a model; DassError where they cannot be compared."""
+    found = paired_difference(one.runs, other.runs)
+    if found is None:
+        raise DassError(f"The page compares {one.label} with {other.label}, which cannot be compared.")
+    return found
+
+
+def moved(view: View, method: str, pattern: str, other: str) -> Difference:
+    """By how much a method's difference to Wanda changes from another pattern to this one, over the same windows."""
+    losses = [
+        np.mean([run.losses for run in view.cell(name, one).runs], axis=0)
+        for one in (pattern, other)
+        for name in (method, "wanda")
+    ]
+    windows = (losses[0] - losses[1]) - (losses[2] - losses[3])
+    return Difference(float(windows.mean()), float(windows.std(ddof=1)) / math.sqrt(len(windows)))
 
 
 def verdict(*differences: Difference) -> str:
@@ -147,7 +168,8 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     page = Page({str(manifest.experiment): planned_runs(manifest, runs) for manifest in small})
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
-    functions = (page.view, page.minutes, page.block_mean, page.blocks, verdict, require, bold_best)
+    functions = (page.view, page.minutes, page.machines, page.block_mean, page.blocks)
+    functions += (compare, moved, verdict, require, bold_best)
     with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})

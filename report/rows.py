@@ -49,7 +49,8 @@ ACCURACY_LEGEND = (
 NEEDED = (
     f"the least n of each task by which {TOLD:g} points of the mean are told from zero, from sum(s^2 / min(n, N)) = "
     f"(T × {TOLD / WIN:g} point)^2 over T tasks, s^2 being the variance of the paired differences of a task's items, "
-    "N its whole set; won: items that are right here and wrong with Wanda, lost: the reverse"
+    "N its whole set, where the run has all of it; won: items that are right here and wrong with Wanda, lost: the "
+    "reverse"
 )
 PUBLISHED_LEGEND = (
     "A published number is comparable where data, sequence length and pruned projections agree (the dense model prunes "

@@ -22,7 +22,7 @@ def evaluation_words(run: Run) -> str:
     if run.losses:
         return _text(evaluation, f"{len(run.losses)} windows", run.seq_len) + f", {run.tokens} tokens counted"
     if evaluation["seq_len"] is None:  # zero-shot tasks
-        items = f"{evaluation['limit']} items" if evaluation.get("limit") else "all items"
+        items = f"at most {evaluation['limit']} items" if evaluation.get("limit") else "all items"
         return f"{evaluation['name']}, {items} of each task (bos: {evaluation.get('bos')})"
     return _text(evaluation, f"{evaluation['n_windows'] or 'all'} windows", evaluation["seq_len"])
 
