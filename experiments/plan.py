@@ -146,9 +146,10 @@ def notes(
     found = [
         f"Times are estimates, none is measured: each is the largest of operations / ({reached:g} x peak), traffic / "
         f"({reached:g} x {device.bandwidth_gb_s:g} GB/s), small operations in a chain x {device.launch_us:g} µs, "
-        f"weights from disk at {device.disk_gb_s:g} GB/s; and the traffic between products is added. Peaks: {device.tflops_16bit:g} TFLOP/s in 16 bits, "
-        f"{device.tflops_fp32:g} in fp32, in which the solver is, and statistics of fp32 activations (those of 16 bits are "
-        "multiplied in 16 bits and summed in fp32). Tokenising is left out.",
+        f"weights from disk at {device.disk_gb_s:g} GB/s; and the traffic between products is added. Peaks: "
+        f"{device.tflops_16bit:g} TFLOP/s in 16 bits, {device.tflops_fp32:g} in fp32, in which the solver is, and "
+        "statistics of fp32 activations (those of 16 bits are multiplied in 16 bits and summed in fp32). Tokenising is "
+        "left out.",
         f"Memory is that of {work.batch_size} sequence(s) per forward, without the allocator's waste; GB are 10^9 "
         "bytes.",
         "The walk is taken to hold the whole model on one device; memory=stream holds two or three blocks of it.",

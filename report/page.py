@@ -168,8 +168,8 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     page = Page({str(manifest.experiment): planned_runs(manifest, runs) for manifest in small})
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
-    functions = (page.view, page.minutes, page.machines, page.block_mean, page.blocks)
-    functions += (compare, moved, verdict, require, bold_best)
+    functions: list[Callable[..., Any]] = [page.view, page.minutes, page.machines, page.block_mean, page.blocks]
+    functions += [compare, moved, verdict, require, bold_best]
     with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})
