@@ -48,8 +48,6 @@ def _metrics(record: Record) -> str | None:
 
 
 def _perplexity(metric: Metric, losses: list[float], evaluation: Evaluation) -> str | None:
-    if metric.dataset != evaluation.name:
-        return "its perplexity is of another text than its config names"
     lengths = {metric.seq_len, evaluation.seq_len} - {None}
     if not losses or metric.n != len(losses) or len(lengths) != 1 or metric.tokens != metric.n * (metric.seq_len or 0):
         return "its numbers of windows and tokens contradict each other"

@@ -122,7 +122,11 @@ def _config(record: dict[str, Any]) -> list[str]:
         expected = _reckoned(plan, dtype, found).parts
     except Exception as error:  # whatever a foreign config makes of them
         return [f"its config means nothing here: {sentence(error)}"]
-    faults = []
+    faults = [
+        f"its perplexity is of {one['dataset']}, and its config names {config['evaluation']['name']}"
+        for one in record["metrics"]
+        if one["metric"] == "perplexity" and one["dataset"] != config["evaluation"]["name"]
+    ]
     for part in BASELINE:
         ours, theirs = hashed(part, expected[part]), hashed(part, found[part])
         differing = [key for key in sorted({*ours, *theirs}) if ours.get(key, ...) != theirs.get(key, ...)]

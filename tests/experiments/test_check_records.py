@@ -134,6 +134,7 @@ def test_a_bad_folder_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("determinants.calibration.seed", 1, "its identity is not that of its determinants"),
         ("windows", [3.0] * 24, "windows contradict its perplexity"),
         ("windows", [3.0], "numbers of windows"),
+        ("metrics.0.dataset", "wikitext2", "its perplexity is of wikitext2, and its config names packaged_wiki"),
         ("versions.torch", "", "the version of torch is missing"),
         ("versions.torch", "unknown", "the version of torch is missing"),
         ("versions", {}, "the version of python is missing"),

@@ -49,7 +49,7 @@ def test_every_device(capsys, device):
 def test_what_fits(capsys):
     assert cells(printed(capsys, "model=llama2_7b"), "dass", "whole run")[-1] == "yes"
     # 138 GB of weights and their activations: neither one nor the other card holds them
-    assert cells(printed(capsys, "model=llama2_70b"), "dass", "whole run")[-1] == "no: 2 x h100 or offload"
+    assert cells(printed(capsys, "model=llama2_70b"), "dass", "whole run")[-1] == "no: 2 x h100 or memory=stream"
     assert cells(printed(capsys, "model=llama2_70b", "device=a100_40gb"), "dass", "whole run")[-1].startswith("no: 4 x")
 
 

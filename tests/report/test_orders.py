@@ -140,10 +140,10 @@ def test_draws_of_the_calibration_set_in_one_order_count_as_one_order():
 
 def test_a_chosen_order_that_is_one_more_random_one_seldom_counts():
     draws, told = np.random.default_rng(0), 0
-    for _ in range(400):
+    for _ in range(200):
         runs = [
             in_order(f"r{i}", "wanda", draws.normal(0, 0.05), "random" if i else "spread", i, noise=0.01 * i)
             for i in range(4)
         ]
         told += gain(next(order_frame(cells_of(runs_of(runs))).itertuples()), "spread").counts
-    assert told / 400 < 0.09
+    assert told / 200 < 0.09
