@@ -32,7 +32,15 @@ def test_text_files(tmp_path):
         text_file(lines)
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b'{"text": "w3"}\n')[:-9], gzip.compress(b"{}\n")])
+DAMAGED = {
+    "empty": b"",
+    "no gzip": b"no gzip",
+    "cut off": gzip.compress(b'{"text": "w3"}\n')[:-9],
+    "no text": gzip.compress(b"{}\n"),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_shards(tmp_path, content):
     shard = tmp_path / "c4.json.gz"
     shard.write_bytes(content)
