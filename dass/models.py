@@ -20,6 +20,8 @@ from dass.errors import DassError, finite, first_line, require_finite, told
 transformers_logging.disable_progress_bar()  # loading is a matter of seconds; the long stages have bars of ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+GPU_ACTIVATIONS = 12e9
+"""Bytes: 16 sequences of 2048 tokens in LLaMA2-7B, 4 in LLaMA2-70B."""
 NEEDED = "check its files; it must be a causal language model with safetensors weights"
 
 
@@ -128,19 +130,18 @@ def load_tokenizer(source: str, revision: str | None) -> Tokenizer:
 
 
 def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
-    """How many sequences to run at once.
+    """How many sequences to run at once, by the shapes alone: numbers hang on no free memory.
 
     On the CPU about 512 tokens, the fastest there: larger buffers cost page faults. On a GPU the largest power of two
-    up to 16 whose activations inside one block take at most a quarter of the free memory.
+    up to 16 whose activations inside one block take at most `GPU_ACTIVATIONS`; see `dass.memory` if that is too much.
     """
     if model.device.type != "cuda":
         return max(1, 512 // seq_len)
     config = model.config.get_text_config()
-    free = free_memory(model.device)
     # per token: three intermediate vectors and about a dozen of the hidden width, in fp32 where statistics are taken
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's kind, where nothing is said
     per_sequence = seq_len * (3 * width + 12 * config.hidden_size) * 4
-    return 2 ** min(4, max(0, int(free / 4 / per_sequence).bit_length() - 1))
+    return 2 ** min(4, max(0, int(GPU_ACTIVATIONS / per_sequence).bit_length() - 1))
 
 
 def memory_needed(source: str, revision: str | None, dtype: str, device: torch.device) -> tuple[int, int]:

@@ -125,6 +125,10 @@ class Resolved(Part):
     """What the config left open."""
 
     dtype: Word
+    batch_size: Size | None = None  # of the calibration, after all halvings
+    evaluation_batch_size: Size | None = None
+    halved_from: dict[str, Size] | None = None  # by stage, where the memory of the device did not suffice
+    hessians: Word | None = None  # how their products were made
 
 
 class Config(Part):

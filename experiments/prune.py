@@ -25,6 +25,7 @@ from dass.errors import DassError, told
 from dass.evaluation import door
 from dass.evaluation.zero_shot import hub_items
 from dass.folders import require_own_folder
+from dass.memory import note_halved
 from dass.models import load_model, load_tokenizer, memory_needed, model_folder, resolve_dtype
 from dass.pruning.comparison import diagnostics
 from dass.records import (
@@ -76,7 +77,7 @@ def main(config: DictConfig) -> str | None:
         require_own_folder(destination(plan.config.save_model, plan.run_id))
     if plan.config.masks is not None:
         require_own_masks(destination(plan.config.masks, plan.run_id))
-    advice = "set a smaller `batch_size` or `calibration.n_sequences`, or use a larger GPU"
+    advice = "keep the model on disk (memory=stream), use fewer or shorter sequences, or a larger GPU"
     with claimed_run(results_dir, plan.run_id) as claim:
         if claim is None:
             print(f"{label}: another process is at it, so it comes after the others")
@@ -196,7 +197,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         "identity": plan.fingerprint.as_dict(),
         "determinants": plan.fingerprint.parts,
         "command": command_of(),
-        "config": public(plan.composed) | {"resolved": {"dtype": plan.dtype, "batch_size": walked.batch_size}},
+        "config": public(plan.composed) | {"resolved": {"dtype": plan.dtype} | walked.resolved()},
         "git": git_state(),
         "versions": versions,
         "machine": machine,
@@ -216,9 +217,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     problems = attempt(record, "save", partial(save, plan, model, shelf, walked.masks, record))
     if config.evaluation.name != "none":
         with stages.measure("evaluation"):
-            problems += attempt(
-                record, "evaluation", partial(score, evaluation, model, shelf, kept, config.batch_size, record)
-            )
+            problems += attempt(record, "evaluation", partial(score, evaluation, model, shelf, kept, record))
         record["stages"] = stages.as_dict()
         if config.save_model is not None and not record["failed"]:
             problems += attempt(record, "save", partial(write_metrics, plan, source, record))
@@ -277,15 +276,19 @@ def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list
 
 
 def score(
-    evaluation: door.Evaluation,
-    model: PreTrainedModel,
-    shelf: Shelf | None,
-    kept: Kept,
-    batch_size: int | None,
-    record: dict[str, Any],
+    evaluation: door.Evaluation, model: PreTrainedModel, shelf: Shelf | None, kept: Kept, record: dict[str, Any]
 ) -> None:
-    """Evaluate the model, and put the metrics into the record."""
-    record["metrics"], record["windows"] = door.evaluate(evaluation, model, batch_size, shelf, kept)
+    """Evaluate the model, and put the metrics into the record, and the size of the batches."""
+    resolved = record["config"]["resolved"]
+    size = record["config"]["batch_size"] or door.batch_size_of(evaluation, model)
+
+    def halved(smaller: int) -> None:
+        note_halved(smaller)
+        resolved["evaluation_batch_size"] = smaller
+        resolved.setdefault("halved_from", {})["evaluation"] = size
+
+    resolved["evaluation_batch_size"] = size
+    record["metrics"], record["windows"] = door.evaluate(evaluation, model, size, shelf, kept, halved)
 
 
 if __name__ == "__main__":

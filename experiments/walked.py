@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dass.errors import DassError
+from dass.memory import note_halved
 from dass.models import DTYPES, batch_size_for, resolve_dtype
 from dass.progress import progress, say
 from dass.pruning.blocks import MLP_ROLES, ROLES, Block, resident
@@ -38,7 +39,16 @@ class Walked:
     rare: dict[str, int] = field(default_factory=dict)  # experts that saw too few tokens: how many they saw
     measured: list[BlockDiagnostics] = field(default_factory=list)  # of each block, where methods are compared
     masks: PackedMasks = field(default_factory=PackedMasks)  # where they are asked for
-    batch_size: int = 1
+    batch_size: int = 1  # sequences per forward
+    halved: int | None = None  # what is left of it, where the memory of the device did not suffice
+    hessians: str | None = None  # how their products were made
+
+    def resolved(self) -> dict[str, Any]:
+        """What the config left open, or the memory decided, as a record holds it."""
+        found: dict[str, Any] = {"batch_size": self.halved or self.batch_size}
+        if self.hessians is not None:
+            found["hessians"] = self.hessians
+        return found | ({"halved_from": {"pruning": self.batch_size}} if self.halved else {})
 
 
 def counted(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, walked: Walked) -> dict[str, Any]:
@@ -67,8 +77,6 @@ def prune(
     if config.calibration.min_expert_tokens is not None and not any(u.routed for block in blocks for u in block.units):
         print("note: calibration.min_expert_tokens has no effect: the model has no experts", file=sys.stderr)
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
-    if config.batch_size is None and kept.state is not None:
-        size = kept.state.facts["batch_size"]  # on a GPU it follows the free memory, which may be another now
     walked = Walked(batch_size=size)
     needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
     start = _goes_on(walked, blocks, shelf, kept, config.masks is not None)
@@ -80,10 +88,14 @@ def prune(
         if not plan.compares:
             kept.keep(index, blocks, partial(_tensors, walked, batches), partial(_facts, walked), writes)
 
+    def halved(size: int) -> None:
+        note_halved(size)
+        walked.halved = size
+
     before = time.perf_counter()
     rare, projections = config.calibration.min_expert_tokens, config.model.projections
     hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=writes)
-    for step in walk(model, calibration, needs, size, rare, projections, hold, start, done):
+    for step in walk(model, calibration, needs, size, rare, projections, hold, start, done, halved):
         pruned: list[Pruned] = []
         if plan.compares:
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs))
@@ -106,7 +118,7 @@ def prune(
 
 def _facts(walked: Walked) -> dict[str, Any]:
     """What a run that goes on must know of the blocks that are finished, beside tensors."""
-    facts = {name: getattr(walked, name) for name in ("batch_size", "projections", "rare")}
+    facts = {name: getattr(walked, name) for name in ("batch_size", "halved", "hessians", "projections", "rare")}
     return facts | {"masks": walked.masks.about}
 
 
@@ -129,6 +141,7 @@ def _goes_on(
         return 0, []
     tensors = kept.tensors(state)
     walked.projections, walked.rare, walked.masks.about = facts["projections"], facts["rare"], facts["masks"]
+    walked.halved, walked.hessians = facts["halved"], facts["hessians"]
     walked.masks.bits = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("mask ")}
     for block in blocks[: state.next]:
         if shelf is None:
@@ -151,6 +164,7 @@ def require_excluded(plan: Plan, blocks: list[Block]) -> None:
 def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_masks: bool) -> float:
     """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
     walked.rare |= step.rare
+    walked.hessians = next((s.products for s in step.streams.values() if s.with_hessian), walked.hessians)
     for one in pruned:
         mask, name = one.mask, one.projection.name
         walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}

@@ -1,10 +1,11 @@
 """Loading and refusing models."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from dass.checkpoint import model_contents
 from dass.errors import DassError
@@ -190,3 +191,10 @@ def test_devices_and_dtypes():
     with pytest.raises(DassError, match=r"dtype=int8 is unknown"):
         resolve_dtype("int8", "unused", None)
     assert [batch_size_for(tiny_model(), seq_len) for seq_len in (2048, 512, 128)] == [1, 1, 4]
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "size"), [(4096, 11008, 16), (8192, 28672, 4), (2**17, 2**19, 1)])
+def test_the_batch_on_a_gpu_is_that_of_the_shapes(hidden, intermediate, size):
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate)
+    model = SimpleNamespace(device=torch.device("cuda"), config=config)
+    assert batch_size_for(model, 2048) == size

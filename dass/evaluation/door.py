@@ -15,6 +15,7 @@ from dass.data.tokens import Bos, Tokenizer
 from dass.errors import DassError
 from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.evaluation.zero_shot import STOCK, Source, item_files, zero_shot, zero_shot_tasks
+from dass.memory import Halved, note_halved
 from dass.models import batch_size_for
 from dass.names import unknown
 from dass.resume import Kept
@@ -62,32 +63,37 @@ def prepare(
     return Evaluation(name, bos, windows)
 
 
+def batch_size_of(evaluation: Evaluation, model: PreTrainedModel) -> int:
+    """How many sequences (of zero-shot tasks: choices) are scored at once where nobody says."""
+    return batch_size_for(model, ZERO_SHOT_TOKENS if evaluation.windows is None else evaluation.windows.shape[1])
+
+
 def evaluate(
     evaluation: Evaluation,
     model: PreTrainedModel,
     batch_size: int | None = None,
     shelf: Shelf | None = None,
     kept: Kept | None = None,
+    halved: Halved = note_halved,
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Score a model as it is in memory, `batch_size` sequences at a time (None: what fits the memory).
+    """Score a model as it is in memory, `batch_size` sequences at a time (None: see `batch_size_of`).
 
     Where its blocks lie on a shelf, all sequences go through one of them after the other. What an earlier
-    process has scored is `kept`.
+    process has scored is `kept`. `halved` is told of a smaller batch size, where the memory does not suffice.
 
     Returns:
         As a record holds them: metrics, each with dataset, metric, value, stderr, n, seq_len, and tokens or items (1 =
         right); and of a perplexity the mean token loss of each window, nats.
     """
+    size = batch_size or batch_size_of(evaluation, model)
     if evaluation.windows is not None:
-        size = batch_size or batch_size_for(model, evaluation.windows.shape[1])
         known, done = (kept.losses(size), partial(kept.keep_losses, size)) if kept is not None else ([], None)
-        result = perplexity(model, evaluation.windows.split(size), shelf, known, done)
+        result = perplexity(model, evaluation.windows.split(size), shelf, known, done, halved)
         metric = {"dataset": evaluation.name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
         return [metric | {"n": len(result.losses), "seq_len": result.seq_len, "tokens": result.tokens}], result.losses
     if not evaluation.tasks:
         return [], []
-    size = batch_size or batch_size_for(model, ZERO_SHOT_TOKENS)
-    return zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos), []
+    return zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos, halved), []
 
 
 def identity(name: str, path: str | Path | None, revision: str | None) -> dict[str, Any]:

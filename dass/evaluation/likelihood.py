@@ -1,5 +1,7 @@
 """Log-likelihoods of the choices of multiple-choice items, with what the choices of an item share computed once."""
 
+from collections.abc import Iterable
+from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dass.errors import DassError
+from dass.memory import Halved, attempted, half, note_halved
 from dass.progress import progress
 
 
@@ -27,29 +30,41 @@ class Choice(NamedTuple):
 
 
 @torch.no_grad()
-def log_likelihoods(model: PreTrainedModel, items: list[list[Choice]], batch_size: int) -> list[list[float]]:
+def log_likelihoods(
+    model: PreTrainedModel, items: list[list[Choice]], batch_size: int, halved: Halved = note_halved
+) -> list[list[float]]:
     """Of each item the log-likelihood of each choice's continuation behind its context [nats], summed over its tokens.
 
-    Items of like length run together, `batch_size` choices at a time, but never less than an item. DassError where a
-    choice is empty.
+    Items of like length run together, `batch_size` choices at a time, but never less than an item. Where the memory of
+    the device does not suffice, it is halved, which `halved` is told. DassError where a choice is empty, or where the
+    memory does not suffice for an item.
     """
     if any(not choice.continuation for item in items for choice in item):
         raise DassError("A choice of the zero-shot items has no text: mend the items.", "evaluation.path")
     found: dict[int, list[float]] = {}
-    for batch in progress(_batches(items, batch_size), "evaluation", "batch"):
-        values = iter(_of_batch(model, [items[index] for index in batch]))
-        found |= {index: [next(values) for _ in items[index]] for index in batch}
+    waiting, bar = _batches(items, range(len(items)), batch_size), progress(None, "evaluation", "item", len(items))
+    while waiting:
+        batch = waiting[0]
+        values = attempted(partial(_of_batch, model, [items[index] for index in batch]))
+        if values is None:
+            size = half(sum(len(items[index]) for index in batch) if len(batch) > 1 else 1, halved)
+            waiting = _batches(items, [index for one in waiting for index in one], size)
+            continue
+        left = iter(values)
+        found |= {index: [next(left) for _ in items[index]] for index in waiting.pop(0)}
+        bar.update(len(batch))
+    bar.close()
     return [found[index] for index in range(len(items))]
 
 
-def _batches(items: list[list[Choice]], batch_size: int) -> list[list[int]]:
-    """The numbers of the items of each batch, the longest first, where memory shows whether it suffices."""
+def _batches(items: list[list[Choice]], chosen: Iterable[int], batch_size: int) -> list[list[int]]:
+    """The numbers of the chosen items of each batch, the longest first, where memory shows whether it suffices."""
 
     def lengths(index: int) -> tuple[int, int]:
         return max(len(choice.read) for choice in items[index]), _shared(items[index])
 
     batches: list[list[int]] = []
-    for index in sorted(range(len(items)), key=lengths, reverse=True):
+    for index in sorted(chosen, key=lengths, reverse=True):
         if not batches or sum(len(items[other]) for other in [*batches[-1], index]) > batch_size:
             batches.append([])
         batches[-1].append(index)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dass.data.texts import FIELD
 from dass.data.tokens import Bos, Tokenizer, encode, windows_of
 from dass.errors import DassError
 from dass.forward import replaced_forward
+from dass.memory import Halved, attempted, half, note_halved
 from dass.progress import progress
 from dass.pruning.calls import block_by_block
 from dass.stages import release_freed_memory
@@ -90,6 +92,7 @@ def perplexity(
     shelf: Shelf | None = None,
     known: Sequence[float] = (),
     done: Callable[[list[float]], None] | None = None,
+    halved: Halved = note_halved,
 ) -> Perplexity:
     """Perplexity of a causal language model over batches of windows, `(batch, seq_len)` int64 each.
 
@@ -97,9 +100,10 @@ def perplexity(
         shelf: of a model whose blocks lie on disk; all windows go through one after the other.
         known: losses of the first windows, as an earlier call on the same batches had them.
         done: is told of all losses so far, after each batch; of streamed ones only once the blocks are through.
+        halved: is told of a smaller batch size, from where on the memory of the device does not suffice for it.
 
     Raises:
-        DassError: a loss is not finite, or there is no window.
+        DassError: a loss is not finite, there is no window, or too little memory.
     """
     if not batches:
         raise DassError("There is no window to evaluate: give more text.")
@@ -111,11 +115,15 @@ def perplexity(
     ready = (
         repeat(nullcontext())
         if shelf is None or not inputs
-        else block_by_block(model, shelf.blocks, inputs, shelf.hold)
+        else block_by_block(model, shelf.blocks, inputs, shelf.hold, halved)
     )
+    size = max(map(len, batches))
     for batch, prepared in zip(progress(inputs, "evaluation", "batch"), ready, strict=False):
         with prepared:
-            losses += window_losses(model, batch).tolist()
+            while (found := attempted(partial(_losses_of, model, batch.split(size)))) is None:
+                # of streamed ones only the head is left, and its chunks are no larger for a larger batch
+                size = half(min(size, len(batch)) if shelf is None else 1, halved)
+        losses += found
         if done is not None:
             done(losses)
     for i, loss in enumerate(losses):
@@ -127,6 +135,10 @@ def perplexity(
         raise DassError(f"The mean loss is {mean:.0f} nats per token, too much for a perplexity: the model is broken.")
     stderr = math.exp(mean) * values.std().item() / len(losses) ** 0.5 if len(losses) > 1 else None
     return Perplexity(math.exp(mean), stderr, batches[0].shape[1], losses)
+
+
+def _losses_of(model: PreTrainedModel, parts: Sequence[Tensor]) -> list[float]:
+    return [loss for part in parts for loss in window_losses(model, part).tolist()]
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from dass.data.texts import JSON, existing_file, read_json
 from dass.data.tokens import Bos, Tokenizer, encode, require_in_vocabulary, require_positions, windows_of
 from dass.errors import DassError, told
 from dass.evaluation.likelihood import Choice, log_likelihoods
+from dass.memory import Halved, note_halved
 
 STOCK = {
     "piqa": ("piqa/piqa.yaml", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
@@ -179,7 +180,12 @@ def _draw_items(name: str, task: Any, limit: int | None) -> None:
 
 
 def zero_shot(
-    model: PreTrainedModel, tokenizer: Tokenizer, tasks: dict[str, Any], batch_size: int, bos: Bos
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    tasks: dict[str, Any],
+    batch_size: int,
+    bos: Bos,
+    halved: Halved = note_halved,
 ) -> list[dict[str, Any]]:
     """acc of each task, and acc_norm where lm-eval has it, of a causal language model on its device in its dtype.
 
@@ -190,6 +196,7 @@ def zero_shot(
         tasks: from `zero_shot_tasks`.
         batch_size: choices at a time, at least those of an item; their logits over the vocabulary exist together.
         bos: whether a prompt begins with a BOS: as the tokenizer does, always (`per_sequence`), never.
+        halved: see `log_likelihoods`.
 
     Raises:
         DassError: a log-likelihood is not finite, the tokenizer does not fit the model, or an item is too long for it.
@@ -211,7 +218,7 @@ def zero_shot(
     def scored(requests: list[Any]) -> list[tuple[float, bool]]:
         by_item = itertools.groupby(requests, lambda request: (request.task_name, request.doc_id))
         items = [[Choice(*lm._encode_pair(*request.args)) for request in own] for _, own in by_item]
-        found = log_likelihoods(model, items, batch_size)
+        found = log_likelihoods(model, items, batch_size, halved)
         return [(value, False) for values in found for value in values]  # no task asks what greedy decoding says
 
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())

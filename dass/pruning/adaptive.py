@@ -101,8 +101,15 @@ class AdaptivePruner:
 
 
 def squared_error(dense: list[Tensor], outputs: Iterator[Tensor]) -> float:
-    """||Y' - Y||^2 over the outputs of a block; infinite where it is no number, so that no candidate wins by that."""
-    parts = [(one.float() - other.float()).square().sum() for one, other in zip(outputs, dense, strict=True)]
+    """||Y' - Y||^2 over the outputs of a block; infinite where it is no number, so that no candidate wins by that.
+
+    The batches of Y' may be smaller than those of Y, where the memory of the device did not suffice.
+    """
+    parts, left = [], list(dense)
+    for one in outputs:
+        whole = left.pop(0)
+        left[:0] = [whole[len(one) :]] if len(one) < len(whole) else []
+        parts.append((one.float() - whole[: len(one)].float()).square().sum())
     return float(torch.stack(parts).sum().nan_to_num(nan=math.inf, posinf=math.inf))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
+from dass.memory import Halved, attempted, half, note_halved
 from dass.pruning.blocks import Block, Hold
 
 
@@ -31,6 +33,8 @@ class Call:
 class Activations:
     """What enters the current block."""
 
+    inputs: list[Tensor] = field(default_factory=list)
+    """Token ids, `(batch, seq_len)` each."""
     batches: list[Tensor] = field(default_factory=list)
     """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
     calls: list[list[Call]] = field(default_factory=list)
@@ -48,16 +52,52 @@ class Activations:
         return hidden if self.tail is None else (hidden, *self.tail)
 
 
-def enter_first_block(model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor]) -> Activations:
+def enter_first_block(
+    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor], halved: Halved = note_halved
+) -> Activations:
     """Embed all sequences and record how the model calls each block; only the first block runs, once.
 
     In place of the others stands a stub that hands its input on, so this costs next to nothing.
 
     Args:
-        inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device.
+        inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device; halved where its memory does not
+            suffice.
     """
-    activations = Activations()
-    ran = False
+    while (activations := attempted(partial(_entered, model, blocks, inputs))) is None:
+        inputs = _cut(inputs, half(max(map(len, inputs)), halved))
+    return activations
+
+
+def halve(
+    model: PreTrainedModel, blocks: list[Block], halved: Halved, activations: Activations, start: int = 0
+) -> None:
+    """Halve the batches from one on, in place, and ask the model anew how it calls its blocks; none of them runs.
+
+    Raises:
+        DassError: they are single sequences, or the blocks have handed state to each other for whole batches.
+    """
+    if activations.share_state:
+        raise DassError(
+            "The memory of the device does not suffice, and batches of this model cannot be halved on the way: set a "
+            "smaller batch_size.",
+            field="batch_size",
+        )
+    size = half(max(map(len, activations.inputs[start:])), halved)
+    activations.inputs[start:] = _cut(activations.inputs[start:], size)
+    activations.batches[start:] = _cut(activations.batches[start:], size)
+    activations.calls[start:] = _entered(model, blocks, activations.inputs[start:], activations).calls
+
+
+def _cut(batches: Sequence[Tensor], size: int) -> list[Tensor]:
+    return [part for batch in batches for part in batch.split(size)]
+
+
+def _entered(
+    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor], known: Activations | None = None
+) -> Activations:
+    """As `enter_first_block`; no block runs where what it returns is `known`."""
+    activations = Activations(list(inputs), tail=None if known is None else known.tail)
+    ran = known is not None
 
     def stub(index: int, calls: list[Call]) -> Callable[..., Any]:
         original = blocks[index].module.forward
@@ -93,7 +133,11 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], inputs: Seque
 
 
 def block_by_block(
-    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor], hold: Hold
+    model: PreTrainedModel,
+    blocks: list[Block],
+    inputs: Sequence[Tensor],
+    hold: Hold,
+    halved: Halved = note_halved,
 ) -> Iterator[AbstractContextManager[None]]:
     """Run all batches through one block after the other, so that each block is in memory once.
 
@@ -104,19 +148,56 @@ def block_by_block(
     for index, block in enumerate(blocks):
         with hold(block):
             if index == 0:
-                activations = enter_first_block(model, blocks, inputs)
-            for i, hidden in enumerate(activations.batches):
-                activations.batches[i] = activations.calls[i][index](block, hidden)
-    for i in range(len(activations.batches)):
-        yield _handing_over(blocks, activations, i)
+                activations = enter_first_block(model, blocks, inputs, halved)
+            for i, output in outputs_of(activations, index, block, partial(halve, model, blocks, halved)):
+                activations.batches[i] = output
+    for batch in inputs:
+        parts = [activations.batches.pop(0)]
+        while sum(map(len, parts)) < len(batch):  # it was halved
+            parts.append(activations.batches.pop(0))
+        yield _handing_over(blocks, activations.returned(torch.cat(parts) if len(parts) > 1 else parts[0]))
+
+
+def outputs_of(
+    activations: Activations,
+    index: int,
+    block: Block,
+    smaller: Callable[[Activations, int], None],
+    mixed: list[Any] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The outputs of block `index` on each batch, and the batch's number, which may be replaced by them.
+
+    Args:
+        smaller: see `halve`; does it to the batches for which the memory of the device does not suffice.
+        mixed: what the mixer returned for each batch, to be replayed; None where it runs again, and empty from where
+            batches were halved.
+    """
+    i = 0
+    while i < len(activations.batches):
+        output = mixed[i] if mixed else None
+        result = attempted(partial(_output, activations.calls[i][index], block, activations.batches[i], output))
+        if result is None:
+            if mixed is not None:
+                mixed.clear()
+            smaller(activations, i)
+        else:
+            yield i, result
+            i += 1
+
+
+def _output(call: Call, block: Block, hidden: Tensor, mixed: Any) -> Tensor:
+    if block.mixer is None or mixed is None:
+        return call(block, hidden)
+    with replaced_forward(block.mixer, lambda *_, **__: mixed):
+        return call(block, hidden)
 
 
 @contextmanager
-def _handing_over(blocks: list[Block], activations: Activations, i: int) -> Iterator[None]:
-    """No block computes: whatever enters the first, the last gives what is to be known of batch `i`."""
+def _handing_over(blocks: list[Block], returned: Any) -> Iterator[None]:
+    """No block computes: whatever enters the first, each returns what the last has given."""
 
     def hand_over(*_: Any, **__: Any) -> Any:
-        return activations.returned(activations.batches[i])
+        return returned
 
     with ExitStack() as stack:
         for block in blocks:

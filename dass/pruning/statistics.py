@@ -26,6 +26,10 @@ class InputStream:
         self.dtype = torch.promote_types(dtype, torch.float32)
         shape = (features, features) if with_hessian else (features,)
         self.with_hessian = with_hessian
+        self._widens = torch.device(device).type == "cuda" and dtype != self.dtype
+        exact, summed = (str(one).removeprefix("torch.") for one in (dtype, self.dtype))
+        self.products = f"{exact} summed in {summed}" if self._widens else summed
+        """How those of a Hessian are made: by tensor cores from 16-bit numbers, or as a whole in full fp32."""
         # the Hessian's upper block triangle, or just its diagonal, the squares' sums
         self._products = torch.zeros(shape, dtype=self.dtype, device=device)
         self.n_tokens = 0
@@ -42,12 +46,11 @@ class InputStream:
             else:
                 self._products += x.to(self.dtype).square().sum(0)
             return
-        widens = x.is_cuda and x.dtype != self.dtype
-        x = x if widens else x.to(self.dtype)
+        x = x if self._widens else x.to(self.dtype)
         with full_fp32():
             for start in range(0, x.shape[1], HESSIAN_BLOCK):
                 rows = slice(start, start + HESSIAN_BLOCK)
-                if widens:  # tensor cores: products of 16-bit numbers are exact in fp32, and summed there
+                if self._widens:  # tensor cores: products of 16-bit numbers are exact in fp32, and summed there
                     self._products[rows, start:] += torch.mm(x[:, rows].T, x[:, start:], out_dtype=self.dtype)
                 else:
                     self._products[rows, start:].addmm_(x[:, rows].T, x[:, start:])

@@ -9,7 +9,6 @@ Every block is run by its own forward, with the keyword arguments that the model
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dass.errors import DassError
-from dass.forward import replaced_forward
+from dass.memory import Halved, attempted, note_halved
 from dass.pruning.adaptive import AdaptivePruner, Outputs
 from dass.pruning.blocks import Block, Hold, resident
-from dass.pruning.calls import Activations, Call, enter_first_block
+from dass.pruning.calls import Activations, Call, enter_first_block, halve, outputs_of
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
@@ -54,6 +53,7 @@ def walk(
     hold: Hold = resident,
     start: tuple[int, list[Tensor]] | None = None,
     done: Callable[[int, list[Tensor]], None] = lambda index, batches: None,
+    halved: Halved = note_halved,
 ) -> Iterator[Step]:
     """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
 
@@ -70,26 +70,30 @@ def walk(
             as that one left them.
         done: is told of each block that is finished: the index of the next one, and what enters it; never where blocks
             hand state to each other, so that a later walk could not begin between them.
+        halved: is told of a smaller batch size, from where on the memory of the device does not suffice for it.
 
     Raises:
-        DassError: unknown layout, missing calibration, activations that are not finite.
+        DassError: unknown layout, missing calibration, activations that are not finite, too little memory.
     """
     blocks = find_blocks(model, projections)
     wanted = any(map(needs, blocks))
     if wanted and input_ids is None:
         raise DassError("This method needs calibration tokens: choose a calibration.", field="calibration")
     with eager_experts(model):
-        tokens = None if input_ids is None or not wanted else input_ids.to(model.device).split(batch_size)
         (first, batches), activations = start or (0, []), None
+        sizes = [len(batch) for batch in batches] or batch_size  # an earlier walk may have halved them
+        tokens = None if input_ids is None or not wanted else input_ids.to(model.device).split(sizes)
+        smaller = partial(halve, model, blocks, halved)
         if tokens is not None and 0 < first < len(blocks):
             with hold(blocks[0]):
-                activations = enter_first_block(model, blocks, tokens)
+                activations = enter_first_block(model, blocks, tokens, halved)
             activations.batches = [batch.to(model.device) for batch in batches]
         for index, block in enumerate(blocks[first:], first):
             with hold(block):
                 if tokens is not None and activations is None:
-                    activations = enter_first_block(model, blocks, tokens)
-                yield from _visit(index, block, needs(block), activations, min_expert_tokens, index + 1 < len(blocks))
+                    activations = enter_first_block(model, blocks, tokens, halved)
+                is_last = index + 1 == len(blocks)
+                yield from _visit(index, block, needs(block), activations, min_expert_tokens, is_last, smaller)
             if activations is None or not activations.share_state:
                 done(index + 1, [] if activations is None else activations.batches)
 
@@ -100,28 +104,41 @@ def _visit(
     needs: Needs,
     activations: Activations | None,
     min_expert_tokens: int | None,
-    is_followed: bool,
+    is_last: bool,
+    smaller: Callable[[Activations, int], None],
 ) -> Iterator[Step]:
-    """One block of the walk; `is_followed`: another one needs its outputs, which replace the activations."""
-    streams = open_streams(block, needs)
+    """One block of the walk, whose outputs replace the activations unless it is the last; `smaller`: see `halve`."""
+    streams: Streams = {}
     rare: dict[str, int] = {}
-    mixed = None
-    if activations is not None and streams:
-        # where attention is to be pruned, its dense outputs are of no use later
-        mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
-        mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
-        rare = require_enough_tokens(block, streams, activations, min_expert_tokens)
-        for unit in block.units:
-            if unit.name in rare:
-                streams |= through_one(block, unit, streams, _each(activations, index), mixer, mixed)
+    mixed: list[Any] | None = None
+    if activations is not None and needs:
+        observing = partial(_observed, activations, index, block, needs, min_expert_tokens)
+        while (seen := attempted(observing)) is None:  # all batches anew, so that none is counted twice
+            smaller(activations, 0)
+        streams, rare, mixed = seen
     before = _versions(block.mixer)
-    yield Step(index, block, streams, rare, partial(_outputs, activations, index, block, mixed))
-    if activations is not None and is_followed:
+    yield Step(index, block, streams, rare, partial(_outputs, activations, index, block, smaller, mixed))
+    if activations is not None and not is_last:
         replayed = mixed if _versions(block.mixer) == before else None
-        for i, hidden in enumerate(_outputs(activations, index, block, replayed)):
+        for i, hidden in outputs_of(activations, index, block, smaller, replayed):
             activations.batches[i] = hidden
-            if replayed is not None:
+            if replayed:
                 replayed[i] = None
+
+
+def _observed(
+    activations: Activations, index: int, block: Block, needs: Needs, min_expert_tokens: int | None
+) -> tuple[Streams, dict[str, int], list[Any]]:
+    """The statistics of a dense block, its rare experts, and what its mixer returned for each batch."""
+    streams = open_streams(block, needs)
+    # where attention is to be pruned, its dense outputs are of no use later
+    mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
+    mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
+    rare = require_enough_tokens(block, streams, activations, min_expert_tokens)
+    for unit in block.units:
+        if unit.name in rare:
+            streams |= through_one(block, unit, streams, _each(activations, index), mixer, mixed)
+    return streams, rare, mixed
 
 
 @torch.no_grad()
@@ -154,18 +171,19 @@ def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]
 
 
 def _outputs(
-    activations: Activations | None, index: int, block: Block, mixed: list[Any] | None, share: float = 1.0
+    activations: Activations | None,
+    index: int,
+    block: Block,
+    smaller: Callable[[Activations, int], None],
+    mixed: list[Any] | None,
+    share: float = 1.0,
 ) -> Iterator[Tensor]:
     """The block's outputs on what enters it, batch by batch; the mixer is replayed where its outputs were kept."""
     if activations is None:
         return
     wanted = math.ceil(share * sum(map(len, activations.batches)))  # sequences: batches differ from device to device
-    for i, (hidden, call) in enumerate(_each(activations, index)):
+    for _, result in outputs_of(activations, index, block, smaller, mixed):
+        yield result[:wanted]
+        wanted -= len(result)
         if wanted <= 0:
             return
-        output = mixed[i] if mixed is not None else None
-        replay = replaced_forward(block.mixer, lambda *_, output=output, **__: output) if output is not None else None
-        with replay or nullcontext():
-            result = call(block, hidden)
-        yield result[:wanted]
-        wanted -= len(hidden)
