@@ -78,16 +78,19 @@ def evaluate(
         As a record holds them: metrics, each with dataset, metric, value, stderr, n, seq_len, and tokens or items (1 =
         right); and of a perplexity the mean token loss of each window, nats.
     """
+    size = batch_size or batch_size_for(
+        model, ZERO_SHOT_TOKENS if evaluation.windows is None else evaluation.windows.shape[1]
+    )
+    known = kept.losses(size) if kept is not None else {}
+    done = partial(kept.keep_losses, size) if kept is not None else lambda losses: None
     if evaluation.windows is not None:
-        size = batch_size or batch_size_for(model, evaluation.windows.shape[1])
-        known, done = (kept.losses(size), partial(kept.keep_losses, size)) if kept is not None else ([], None)
-        result = perplexity(model, evaluation.windows.split(size), shelf, known, done)
-        metric = {"dataset": evaluation.name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
+        name, batches = evaluation.name, evaluation.windows.split(size)
+        result = perplexity(model, batches, shelf, known.get(name, ()), lambda losses: done({name: losses}))
+        metric = {"dataset": name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
         return [metric | {"n": len(result.losses), "seq_len": result.seq_len, "tokens": result.tokens}], result.losses
     if not evaluation.tasks:
         return [], []
-    size = batch_size or batch_size_for(model, ZERO_SHOT_TOKENS)
-    return zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos), []
+    return zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos, shelf, known, done), []
 
 
 def identity(name: str, path: str | Path | None, revision: str | None) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def perplexity(
     ready = (
         repeat(nullcontext())
         if shelf is None or not inputs
-        else block_by_block(model, shelf.blocks, inputs, shelf.hold)
+        else block_by_block(model, shelf.blocks, inputs, shelf.hold, shelf.folder)
     )
     for batch, prepared in zip(progress(inputs, "evaluation", "batch"), ready, strict=False):
         with prepared:

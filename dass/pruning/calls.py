@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.pruning.blocks import Block, Hold
+from dass.pruning.parked import Parked
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Call:
 class Activations:
     """What enters the current block."""
 
-    batches: list[Tensor] = field(default_factory=list)
+    batches: Parked
     """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
     calls: list[list[Call]] = field(default_factory=list)
     """For each batch, the call of every block; batches in a row that the model calls alike share them."""
@@ -48,27 +50,36 @@ class Activations:
         return hidden if self.tail is None else (hidden, *self.tail)
 
 
-def enter_first_block(model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor]) -> Activations:
+Forward = Callable[[], object]
+"""Runs the model's decoder on one batch."""
+
+
+def enter_first_block(
+    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor | Forward], scratch: Path | None = None
+) -> Activations:
     """Embed all sequences and record how the model calls each block; only the first block runs, once.
 
     In place of the others stands a stub that hands its input on, so this costs next to nothing.
 
     Args:
-        inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device.
+        inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device, or what runs one.
+        scratch: see `Parked`.
     """
-    activations = Activations()
+    activations = Activations(Parked(model.device, scratch))
+    entered: Tensor | None = None
     ran = False
 
     def stub(index: int, calls: list[Call]) -> Callable[..., Any]:
         original = blocks[index].module.forward
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal ran
+            nonlocal entered, ran
             hidden, rest = (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
             calls.append(Call(rest, keywords))
             if index == 0:
                 activations.batches.append(hidden)
-            elif hidden is not activations.batches[-1]:
+                entered = hidden
+            elif hidden is not entered:
                 raise DassError(f"{type(model).__name__} computes between its blocks, which this walk does not see.")
             if not ran:  # whether blocks return tuples, and what else is in them, only a real run can tell
                 output, ran = original(hidden, *rest, **keywords), True
@@ -82,7 +93,10 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], inputs: Seque
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
                 stack.enter_context(replaced_forward(block.module, stub(index, calls)))
-            model.base_model(input_ids=batch, use_cache=False)
+            if isinstance(batch, Tensor):
+                model.base_model(input_ids=batch, use_cache=False)
+            else:
+                batch()
         if len(calls) != len(blocks):
             raise DassError(
                 f"The model runs {len(calls)} of the {len(blocks)} blocks that were found: check its config."
@@ -93,20 +107,29 @@ def enter_first_block(model: PreTrainedModel, blocks: list[Block], inputs: Seque
 
 
 def block_by_block(
-    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor], hold: Hold
+    model: PreTrainedModel,
+    blocks: list[Block],
+    inputs: Sequence[Tensor | Forward],
+    hold: Hold,
+    scratch: Path | None = None,
+    done: Callable[[int], object] = lambda i: None,
 ) -> Iterator[AbstractContextManager[None]]:
     """Run all batches through one block after the other, so that each block is in memory once.
+
+    Args:
+        inputs, scratch: see `enter_first_block`.
+        done: is told of each batch that is through one of the blocks, by its index.
 
     Yields:
         For each batch a context in which the model's forward on it hands over what the blocks have given.
     """
-    activations = Activations()
     for index, block in enumerate(blocks):
         with hold(block):
             if index == 0:
-                activations = enter_first_block(model, blocks, inputs)
-            for i, hidden in enumerate(activations.batches):
-                activations.batches[i] = activations.calls[i][index](block, hidden)
+                activations = enter_first_block(model, blocks, inputs, scratch)
+            for i, calls in enumerate(activations.calls):
+                activations.batches[i] = calls[index](block, activations.batches[i])
+                done(i)
     for i in range(len(activations.batches)):
         yield _handing_over(blocks, activations, i)
 

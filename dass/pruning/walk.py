@@ -8,11 +8,11 @@ Every block is run by its own forward, with the keyword arguments that the model
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from dass.pruning.calls import Activations, Call, enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
+from dass.pruning.parked import Parked
 from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
 
@@ -52,8 +53,9 @@ def walk(
     min_expert_tokens: int | None = None,
     projections: Mapping[str, str] | None = None,
     hold: Hold = resident,
-    start: tuple[int, list[Tensor]] | None = None,
-    done: Callable[[int, list[Tensor]], None] = lambda index, batches: None,
+    start: tuple[int, Iterable[Tensor]] | None = None,
+    done: Callable[[int, Iterable[Tensor]], None] = lambda index, batches: None,
+    scratch: Path | None = None,
 ) -> Iterator[Step]:
     """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
 
@@ -70,6 +72,7 @@ def walk(
             as that one left them.
         done: is told of each block that is finished: the index of the next one, and what enters it; never where blocks
             hand state to each other, so that a later walk could not begin between them.
+        scratch: a folder, which may be made, for activations that have no room in memory; see `Parked`.
 
     Raises:
         DassError: unknown layout, missing calibration, activations that are not finite.
@@ -83,12 +86,12 @@ def walk(
         (first, batches), activations = start or (0, []), None
         if tokens is not None and 0 < first < len(blocks):
             with hold(blocks[0]):
-                activations = enter_first_block(model, blocks, tokens)
-            activations.batches = [batch.to(model.device) for batch in batches]
+                activations = enter_first_block(model, blocks, tokens, scratch)
+            activations.batches = Parked(model.device, scratch, batches)
         for index, block in enumerate(blocks[first:], first):
             with hold(block):
                 if tokens is not None and activations is None:
-                    activations = enter_first_block(model, blocks, tokens)
+                    activations = enter_first_block(model, blocks, tokens, scratch)
                 yield from _visit(index, block, needs(block), activations, min_expert_tokens, index + 1 < len(blocks))
             if activations is None or not activations.share_state:
                 done(index + 1, [] if activations is None else activations.batches)
@@ -109,7 +112,8 @@ def _visit(
     if activations is not None and streams:
         # where attention is to be pruned, its dense outputs are of no use later
         mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
-        mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
+        outputs = (observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index))
+        mixed = activations.batches.beside(outputs)
         rare = require_enough_tokens(block, streams, activations, min_expert_tokens)
         for unit in block.units:
             if unit.name in rare:
@@ -154,12 +158,14 @@ def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]
 
 
 def _outputs(
-    activations: Activations | None, index: int, block: Block, mixed: list[Any] | None, share: float = 1.0
+    activations: Activations | None, index: int, block: Block, mixed: Parked | None, share: float = 1.0
 ) -> Iterator[Tensor]:
     """The block's outputs on what enters it, batch by batch; the mixer is replayed where its outputs were kept."""
     if activations is None:
         return
-    wanted = math.ceil(share * sum(map(len, activations.batches)))  # sequences: batches differ from device to device
+    wanted = math.ceil(
+        share * sum(shape[0] for shape in activations.batches.shapes)
+    )  # sequences: batches differ from device to device
     for i, (hidden, call) in enumerate(_each(activations, index)):
         if wanted <= 0:
             return
