@@ -160,7 +160,7 @@ def memory_needed(source: str, revision: str | None, dtype: str, device: torch.d
 
 def free_memory(device: torch.device) -> int:
     """Bytes that a tensor on a device could still take; on the host, as the system counts, whatever a container may."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():  # a pretended one has that of the host
         return psutil.virtual_memory().available
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own
     return torch.cuda.mem_get_info(device)[0] + cached

@@ -53,8 +53,9 @@ class Losses(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     size: int
-    """Windows at a time."""
-    losses: list[float]
+    """Windows or choices at a time."""
+    losses: dict[str, list[float]]
+    """Of windows by the text's name, or log-likelihoods of choices by the task's [nats]."""
     by: str
     """As in `State`."""
 
@@ -86,16 +87,16 @@ class Kept:
         name = TENSORS.format(state.next)
         return load_file(self.folder / name) if name in state.files else {}
 
-    def losses(self, size: int) -> list[float]:
-        """Of the windows that an earlier process scored, so many at a time."""
+    def losses(self, size: int) -> dict[str, list[float]]:
+        """Of the windows, or of the tasks, that an earlier process scored, so many at a time."""
         try:
             found = Losses.model_validate_json(_checked(self.folder / LOSSES))
-            return found.losses if (found.size, found.by) == (size, self.by) else []
+            return found.losses if (found.size, found.by) == (size, self.by) else {}
         except (OSError, ValueError):
-            return []
+            return {}
 
-    def keep_losses(self, size: int, losses: list[float]) -> None:
-        """Write the losses of the windows that are scored, if it is time to."""
+    def keep_losses(self, size: int, losses: dict[str, list[float]]) -> None:
+        """Write the losses of the windows, or of the tasks, that are scored, if it is time to."""
         if time.perf_counter() - self._since >= EVERY:
             with contextlib.suppress(OSError, DassError):
                 self.folder.mkdir(parents=True, exist_ok=True)

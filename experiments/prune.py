@@ -238,8 +238,6 @@ def load(plan: Plan, source: str, scratch: Path) -> tuple[PreTrainedModel, Shelf
                 f"brought from disk one at a time (memory=resident keeps it whole)",
                 file=sys.stderr,
             )
-    if streams and plan.config.evaluation.name in door.ZERO_SHOT:
-        raise DassError("Zero-shot tasks need the whole model in memory: set memory=resident.", "memory")
     if streams:
         return load_streamed(*given, scratch, plan.config.model.projections)
     return load_model(*given), None

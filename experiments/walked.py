@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -84,7 +84,7 @@ def prune(
     bar.update(start[0])
     writes = rounding(model, str(stored).removeprefix("torch."))
 
-    def done(index: int, batches: list[torch.Tensor]) -> None:
+    def done(index: int, batches: Iterable[torch.Tensor]) -> None:
         if not plan.compares:
             kept.keep(index, blocks, partial(_tensors, walked, batches), partial(_facts, walked), writes)
 
@@ -95,7 +95,9 @@ def prune(
     before = time.perf_counter()
     rare, projections = config.calibration.min_expert_tokens, config.model.projections
     hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=writes)
-    for step in walk(model, calibration, needs, size, rare, projections, hold, start, done, halved):
+    for step in walk(
+        model, calibration, needs, size, rare, projections, hold, start, done, scratch=kept.folder, halved=halved
+    ):
         pruned: list[Pruned] = []
         if plan.compares:
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs))
@@ -122,7 +124,7 @@ def _facts(walked: Walked) -> dict[str, Any]:
     return facts | {"masks": walked.masks.about}
 
 
-def _tensors(walked: Walked, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _tensors(walked: Walked, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of the same: what enters the next block, and masks."""
     found = {f"batch {i}": batch for i, batch in enumerate(batches)}
     return found | {f"mask {name}": bits for name, bits in walked.masks.bits.items()}

@@ -102,7 +102,7 @@ def test_what_would_help_is_told_where_one_sequence_is_too_much(monkeypatch, cap
     for work in (
         lambda: prune_model(model, DASS, TOKENS, 4),
         lambda: perplexity(model, TOKENS.split(4)),
-        lambda: log_likelihoods(model, items, 4),
+        lambda: list(log_likelihoods(model, [items], 4)),
     ):
         with pytest.raises(DassError, match=r"even for one sequence .*memory=stream.*shorten the sequences"):
             work()
@@ -146,9 +146,9 @@ def test_a_perplexity_goes_on_with_smaller_batches(memory, tmp_path, monkeypatch
 
 def test_zero_shot_goes_on_with_smaller_batches(monkeypatch):
     model, items, sizes = tiny_model(), made_items(), []
-    expected = log_likelihoods(model, items, 100)
+    (expected,) = log_likelihoods(model, [items], 100)
     Fault(monkeypatch, rows=9)
-    found = log_likelihoods(model, items, 100, sizes.append)
+    (found,) = log_likelihoods(model, [items], 100, halved=sizes.append)
     assert sizes == [14, 7]
     assert [*chain(*found)] == pytest.approx([*chain(*expected)], abs=1e-4)
 

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from dass import resume
 from dass.errors import DassError
+from dass.evaluation.zero_shot import TASKS
 from dass.resume import STATE, Kept
 from experiments import walked
+from tests.evaluation.test_zero_shot import any_items, write
 from tests.experiments.test_prune import ROOT, records, run, setting  # noqa: F401  (a fixture)
 from tests.models import VOCABULARY, tiny_model
 from tests.tokenizers import tiny_tokenizer
@@ -106,6 +108,27 @@ def test_an_evaluation_goes_on_behind_the_last_batch(setting, tmp_path, monkeypa
     run(*setting, *OBS, *overrides(other), "batch_size=2")
     assert same(ended(tmp_path, one), ended(tmp_path, other))
     assert len(calls) == -(-len(records(one)[0]["windows"]) // 2) - 2
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_zero_shot_goes_on_behind_the_last_task(setting, tmp_path, monkeypatch, always, memory):  # noqa: F811
+    from dass.evaluation import likelihood
+
+    (items := tmp_path / "items").mkdir()
+    evaluation = ["evaluation=zero_shot_folder", f"evaluation.path={write(items, any_items(4))}", "batch_size=100"]
+    settings = [*(one for one in setting if not one.startswith("evaluation")), *evaluation, "method=wanda"]
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(*settings, f"results_dir={one / 'runs'}")
+    back = killed_at(monkeypatch, likelihood._Batch, "score", 3)  # one batch for each task
+    with pytest.raises(SystemExit):
+        run(*settings, f"results_dir={other / 'runs'}", f"memory={memory}")
+    back()
+    calls, original = [], likelihood._Batch.score
+    monkeypatch.setattr(likelihood._Batch, "score", lambda batch: (calls.append(1), original(batch))[1])
+    run(*settings, f"results_dir={other / 'runs'}", f"memory={memory}")
+    assert len(calls) == len(TASKS) - 2
+    assert records(one)[0]["metrics"] == records(other)[0]["metrics"]
+    assert not [path for path in (other / "runs").iterdir() if path.name.startswith(".")]
 
 
 def left_behind(setting, where, monkeypatch):  # noqa: F811
@@ -251,7 +274,7 @@ def test_any_bytes_are_a_state_or_none(tmp_path, content):
     (tmp_path / STATE).write_bytes(content)
     (tmp_path / resume.LOSSES).write_bytes(content)
     kept = Kept(tmp_path, "me")
-    assert kept.state is None and kept.losses(1) == []
+    assert kept.state is None and kept.losses(1) == {}
 
 
 @pytest.mark.slow

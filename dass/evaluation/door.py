@@ -86,14 +86,18 @@ def evaluate(
         right); and of a perplexity the mean token loss of each window, nats.
     """
     size = batch_size or batch_size_of(evaluation, model)
+    known = kept.losses(size) if kept is not None else {}
+    done = partial(kept.keep_losses, size) if kept is not None else lambda losses: None
     if evaluation.windows is not None:
-        known, done = (kept.losses(size), partial(kept.keep_losses, size)) if kept is not None else ([], None)
-        result = perplexity(model, evaluation.windows.split(size), shelf, known, done, halved)
-        metric = {"dataset": evaluation.name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
+        name, batches = evaluation.name, evaluation.windows.split(size)
+        result = perplexity(model, batches, shelf, known.get(name, ()), lambda losses: done({name: losses}), halved)
+        metric = {"dataset": name, "metric": "perplexity", "value": result.value, "stderr": result.stderr}
         return [metric | {"n": len(result.losses), "seq_len": result.seq_len, "tokens": result.tokens}], result.losses
     if not evaluation.tasks:
         return [], []
-    return zero_shot(model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos, halved), []
+    return zero_shot(
+        model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos, shelf, known, done, halved
+    ), []
 
 
 def identity(name: str, path: str | Path | None, revision: str | None) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def perplexity(
     ready = (
         repeat(nullcontext())
         if shelf is None or not inputs
-        else block_by_block(model, shelf.blocks, inputs, shelf.hold, halved)
+        else block_by_block(model, shelf.blocks, inputs, shelf.hold, shelf.folder, halved)
     )
     size = max(map(len, batches))
     for batch, prepared in zip(progress(inputs, "evaluation", "batch"), ready, strict=False):

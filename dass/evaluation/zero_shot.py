@@ -15,7 +15,7 @@ import math
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from dass.data.tokens import Bos, Tokenizer, encode, require_in_vocabulary, requ
 from dass.errors import DassError, told
 from dass.evaluation.likelihood import Choice, log_likelihoods
 from dass.memory import Halved, note_halved
+from dass.streaming import Shelf
 
 STOCK = {
     "piqa": ("piqa/piqa.yaml", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
@@ -185,6 +186,9 @@ def zero_shot(
     tasks: dict[str, Any],
     batch_size: int,
     bos: Bos,
+    shelf: Shelf | None = None,
+    known: Mapping[str, list[float]] | None = None,
+    done: Callable[[dict[str, list[float]]], None] | None = None,
     halved: Halved = note_halved,
 ) -> list[dict[str, Any]]:
     """acc of each task, and acc_norm where lm-eval has it, of a causal language model on its device in its dtype.
@@ -196,6 +200,9 @@ def zero_shot(
         tasks: from `zero_shot_tasks`.
         batch_size: choices at a time, at least those of an item; their logits over the vocabulary exist together.
         bos: whether a prompt begins with a BOS: as the tokenizer does, always (`per_sequence`), never.
+        shelf: of a model whose blocks lie on disk; the choices of all tasks go through one after the other.
+        known: log-likelihoods of the choices of some tasks, as an earlier call on the same items had them.
+        done: is told of all those so far, after each task; of streamed ones only once the blocks are through.
         halved: see `log_likelihoods`.
 
     Raises:
@@ -216,10 +223,18 @@ def zero_shot(
         return prompt
 
     def scored(requests: list[Any]) -> list[tuple[float, bool]]:
-        by_item = itertools.groupby(requests, lambda request: (request.task_name, request.doc_id))
-        items = [[Choice(*lm._encode_pair(*request.args)) for request in own] for _, own in by_item]
-        found = log_likelihoods(model, items, batch_size, halved)
-        return [(value, False) for values in found for value in values]  # no task asks what greedy decoding says
+        waiting: dict[str, list[list[Choice]]] = {}
+        found = dict(known or {})
+        for (name, _), own in itertools.groupby(requests, lambda request: (request.task_name, request.doc_id)):
+            if name not in found:
+                waiting.setdefault(name, []).append([Choice(*lm._encode_pair(*request.args)) for request in own])
+        values = log_likelihoods(model, list(waiting.values()), batch_size, shelf, halved)
+        for name, of_task in zip(waiting, values, strict=True):
+            found[name] = list(itertools.chain(*of_task))
+            if done is not None:
+                done(found)
+        left = {name: iter(of_task) for name, of_task in found.items()}
+        return [(next(left[request.task_name]), False) for request in requests]  # none asks what greedy decoding says
 
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     with _quiet(), bars:

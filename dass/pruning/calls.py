@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.memory import Halved, attempted, half, note_halved
 from dass.pruning.blocks import Block, Hold
+from dass.pruning.parked import Parked
+
+Forward = Callable[[], object]
+"""Runs the model's decoder on one batch."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class Call:
 class Activations:
     """What enters the current block."""
 
-    inputs: list[Tensor] = field(default_factory=list)
-    """Token ids, `(batch, seq_len)` each."""
-    batches: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor | Forward]
+    """Token ids, `(batch, seq_len)` each, or what runs them."""
+    batches: Parked
     """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
     calls: list[list[Call]] = field(default_factory=list)
     """For each batch, the call of every block; batches in a row that the model calls alike share them."""
@@ -53,18 +58,24 @@ class Activations:
 
 
 def enter_first_block(
-    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor], halved: Halved = note_halved
+    model: PreTrainedModel,
+    blocks: list[Block],
+    inputs: Sequence[Tensor | Forward],
+    scratch: Path | None = None,
+    halved: Halved = note_halved,
 ) -> Activations:
     """Embed all sequences and record how the model calls each block; only the first block runs, once.
 
     In place of the others stands a stub that hands its input on, so this costs next to nothing.
 
     Args:
-        inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device; halved where its memory does not
-            suffice.
+        inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device, halved where its memory does not
+            suffice; or what runs one.
+        scratch: see `Parked`.
+        halved: is told of the size of the batches from then on.
     """
-    while (activations := attempted(partial(_entered, model, blocks, inputs))) is None:
-        inputs = _cut(inputs, half(max(map(len, inputs)), halved))
+    while (activations := attempted(partial(_entered, model, blocks, inputs, scratch))) is None:
+        inputs = _cut(inputs, _half_of(inputs, halved))
     return activations
 
 
@@ -74,41 +85,58 @@ def halve(
     """Halve the batches from one on, in place, and ask the model anew how it calls its blocks; none of them runs.
 
     Raises:
-        DassError: they are single sequences, or the blocks have handed state to each other for whole batches.
+        DassError: they are single sequences, or cannot be cut, such as where blocks have handed state to each other.
     """
     if activations.share_state:
-        raise DassError(
-            "The memory of the device does not suffice, and batches of this model cannot be halved on the way: set a "
-            "smaller batch_size.",
-            field="batch_size",
-        )
-    size = half(max(map(len, activations.inputs[start:])), halved)
+        raise _uncut()
+    size = _half_of(activations.inputs[start:], halved)
     activations.inputs[start:] = _cut(activations.inputs[start:], size)
-    activations.batches[start:] = _cut(activations.batches[start:], size)
-    activations.calls[start:] = _entered(model, blocks, activations.inputs[start:], activations).calls
+    activations.batches.cut(start, size)
+    activations.calls[start:] = _entered(model, blocks, activations.inputs[start:], None, activations).calls
 
 
-def _cut(batches: Sequence[Tensor], size: int) -> list[Tensor]:
-    return [part for batch in batches for part in batch.split(size)]
+def _uncut() -> DassError:
+    """Batches that cannot be halved on the way."""
+    return DassError(
+        "The memory of the device does not suffice, and batches of this kind cannot be halved on the way: set a "
+        "smaller batch_size.",
+        field="batch_size",
+    )
+
+
+def _half_of(inputs: Sequence[Tensor | Forward], halved: Halved) -> int:
+    if not all(isinstance(batch, Tensor) for batch in inputs):
+        raise _uncut()
+    return half(max(len(batch) for batch in inputs if isinstance(batch, Tensor)), halved)
+
+
+def _cut(inputs: Sequence[Tensor | Forward], size: int) -> list[Tensor | Forward]:
+    return [part for batch in inputs if isinstance(batch, Tensor) for part in batch.split(size)]
 
 
 def _entered(
-    model: PreTrainedModel, blocks: list[Block], inputs: Sequence[Tensor], known: Activations | None = None
+    model: PreTrainedModel,
+    blocks: list[Block],
+    inputs: Sequence[Tensor | Forward],
+    scratch: Path | None,
+    known: Activations | None = None,
 ) -> Activations:
     """As `enter_first_block`; no block runs where what it returns is `known`."""
-    activations = Activations(list(inputs), tail=None if known is None else known.tail)
+    activations = Activations(list(inputs), Parked(model.device, scratch), tail=None if known is None else known.tail)
+    entered: Tensor | None = None
     ran = known is not None
 
     def stub(index: int, calls: list[Call]) -> Callable[..., Any]:
         original = blocks[index].module.forward
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal ran
+            nonlocal entered, ran
             hidden, rest = (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
             calls.append(Call(rest, keywords))
             if index == 0:
                 activations.batches.append(hidden)
-            elif hidden is not activations.batches[-1]:
+                entered = hidden
+            elif hidden is not entered:
                 raise DassError(f"{type(model).__name__} computes between its blocks, which this walk does not see.")
             if not ran:  # whether blocks return tuples, and what else is in them, only a real run can tell
                 output, ran = original(hidden, *rest, **keywords), True
@@ -122,7 +150,10 @@ def _entered(
         with ExitStack() as stack:
             for index, block in enumerate(blocks):
                 stack.enter_context(replaced_forward(block.module, stub(index, calls)))
-            model.base_model(input_ids=batch, use_cache=False)
+            if isinstance(batch, Tensor):
+                model.base_model(input_ids=batch, use_cache=False)
+            else:
+                batch()
         if len(calls) != len(blocks):
             raise DassError(
                 f"The model runs {len(calls)} of the {len(blocks)} blocks that were found: check its config."
@@ -135,27 +166,34 @@ def _entered(
 def block_by_block(
     model: PreTrainedModel,
     blocks: list[Block],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | Forward],
     hold: Hold,
+    scratch: Path | None = None,
     halved: Halved = note_halved,
+    done: Callable[[int], object] = lambda i: None,
 ) -> Iterator[AbstractContextManager[None]]:
     """Run all batches through one block after the other, so that each block is in memory once.
+
+    Args:
+        inputs, scratch: see `enter_first_block`.
+        done: is told of each batch that is through one of the blocks, by its index.
 
     Yields:
         For each batch a context in which the model's forward on it hands over what the blocks have given.
     """
-    activations = Activations()
     for index, block in enumerate(blocks):
         with hold(block):
             if index == 0:
-                activations = enter_first_block(model, blocks, inputs, halved)
+                activations = enter_first_block(model, blocks, inputs, scratch, halved)
             for i, output in outputs_of(activations, index, block, partial(halve, model, blocks, halved)):
                 activations.batches[i] = output
+                done(i)
+    parts = iter(range(len(activations.batches)))
     for batch in inputs:
-        parts = [activations.batches.pop(0)]
-        while sum(map(len, parts)) < len(batch):  # it was halved
-            parts.append(activations.batches.pop(0))
-        yield _handing_over(blocks, activations.returned(torch.cat(parts) if len(parts) > 1 else parts[0]))
+        own = [next(parts)]
+        while isinstance(batch, Tensor) and sum(activations.batches.shapes[i][0] for i in own) < len(batch):
+            own.append(next(parts))  # it was halved
+        yield _handing_over(blocks, activations, own)
 
 
 def outputs_of(
@@ -163,7 +201,7 @@ def outputs_of(
     index: int,
     block: Block,
     smaller: Callable[[Activations, int], None],
-    mixed: list[Any] | None = None,
+    mixed: Parked | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The outputs of block `index` on each batch, and the batch's number, which may be replaced by them.
 
@@ -174,8 +212,7 @@ def outputs_of(
     """
     i = 0
     while i < len(activations.batches):
-        output = mixed[i] if mixed else None
-        result = attempted(partial(_output, activations.calls[i][index], block, activations.batches[i], output))
+        result = attempted(partial(_output, activations, index, block, mixed, i))
         if result is None:
             if mixed is not None:
                 mixed.clear()
@@ -185,16 +222,19 @@ def outputs_of(
             i += 1
 
 
-def _output(call: Call, block: Block, hidden: Tensor, mixed: Any) -> Tensor:
-    if block.mixer is None or mixed is None:
+def _output(activations: Activations, index: int, block: Block, mixed: Parked | None, i: int) -> Tensor:
+    call, hidden, output = activations.calls[i][index], activations.batches[i], mixed[i] if mixed else None
+    if block.mixer is None or output is None:
         return call(block, hidden)
-    with replaced_forward(block.mixer, lambda *_, **__: mixed):
+    with replaced_forward(block.mixer, lambda *_, **__: output):
         return call(block, hidden)
 
 
 @contextmanager
-def _handing_over(blocks: list[Block], returned: Any) -> Iterator[None]:
-    """No block computes: whatever enters the first, each returns what the last has given."""
+def _handing_over(blocks: list[Block], activations: Activations, own: list[int]) -> Iterator[None]:
+    """No block computes: whatever enters the first, each returns what the last has given for these batches."""
+    parts = [activations.batches[i] for i in own]
+    returned = activations.returned(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def hand_over(*_: Any, **__: Any) -> Any:
         return returned

@@ -11,6 +11,7 @@ from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.pruning.blocks import Block, Projection, Unit
 from dass.pruning.calls import Activations, Call
+from dass.pruning.parked import Parked
 from dass.pruning.products import Stop, Watch, extent_of
 from dass.pruning.pruner import Needs
 from dass.pruning.statistics import InputStream, Streams
@@ -101,7 +102,7 @@ def require_enough_tokens(
     Returns:
         The experts that saw too few tokens, and how many they saw.
     """
-    expected = sum(hidden.shape[:-1].numel() for hidden in activations.batches)
+    expected = sum(shape[:-1].numel() for shape in activations.batches.shapes)
     routed = {p.reads: unit for unit in block.units if unit.routed for p in unit.projections.values()}
     rare, n_routed = {}, {reads: stream.n_tokens for reads, stream in streams.items() if reads in routed}
     for reads, stream in streams.items():
@@ -130,7 +131,7 @@ def through_one(
     streams: Streams,
     calls: Iterator[tuple[Tensor, Call]],
     mixer: nn.Module | None,
-    mixed: list[Any],
+    mixed: Parked,
 ) -> Streams:
     """The statistics of one expert if all tokens of the block ran through it, each as often as it is routed."""
     expert = unit.projections["down"].expert

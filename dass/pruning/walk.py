@@ -8,10 +8,10 @@ Every block is run by its own forward, with the keyword arguments that the model
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from dass.pruning.calls import Activations, Call, enter_first_block, halve, outp
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
+from dass.pruning.parked import Parked
 from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
 
@@ -51,8 +52,9 @@ def walk(
     min_expert_tokens: int | None = None,
     projections: Mapping[str, str] | None = None,
     hold: Hold = resident,
-    start: tuple[int, list[Tensor]] | None = None,
-    done: Callable[[int, list[Tensor]], None] = lambda index, batches: None,
+    start: tuple[int, Sequence[Tensor]] | None = None,
+    done: Callable[[int, Iterable[Tensor]], None] = lambda index, batches: None,
+    scratch: Path | None = None,
     halved: Halved = note_halved,
 ) -> Iterator[Step]:
     """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
@@ -70,6 +72,7 @@ def walk(
             as that one left them.
         done: is told of each block that is finished: the index of the next one, and what enters it; never where blocks
             hand state to each other, so that a later walk could not begin between them.
+        scratch: a folder, which may be made, for activations that have no room in memory; see `Parked`.
         halved: is told of a smaller batch size, from where on the memory of the device does not suffice for it.
 
     Raises:
@@ -86,12 +89,12 @@ def walk(
         smaller = partial(halve, model, blocks, halved)
         if tokens is not None and 0 < first < len(blocks):
             with hold(blocks[0]):
-                activations = enter_first_block(model, blocks, tokens, halved)
-            activations.batches = [batch.to(model.device) for batch in batches]
+                activations = enter_first_block(model, blocks, tokens, scratch, halved)
+            activations.batches = Parked(model.device, scratch, batches)
         for index, block in enumerate(blocks[first:], first):
             with hold(block):
                 if tokens is not None and activations is None:
-                    activations = enter_first_block(model, blocks, tokens, halved)
+                    activations = enter_first_block(model, blocks, tokens, scratch, halved)
                 is_last = index + 1 == len(blocks)
                 yield from _visit(index, block, needs(block), activations, min_expert_tokens, is_last, smaller)
             if activations is None or not activations.share_state:
@@ -110,7 +113,7 @@ def _visit(
     """One block of the walk, whose outputs replace the activations unless it is the last; `smaller`: see `halve`."""
     streams: Streams = {}
     rare: dict[str, int] = {}
-    mixed: list[Any] | None = None
+    mixed: Parked | None = None
     if activations is not None and needs:
         observing = partial(_observed, activations, index, block, needs, min_expert_tokens)
         while (seen := attempted(observing)) is None:  # all batches anew, so that none is counted twice
@@ -128,12 +131,13 @@ def _visit(
 
 def _observed(
     activations: Activations, index: int, block: Block, needs: Needs, min_expert_tokens: int | None
-) -> tuple[Streams, dict[str, int], list[Any]]:
+) -> tuple[Streams, dict[str, int], Parked]:
     """The statistics of a dense block, its rare experts, and what its mixer returned for each batch."""
     streams = open_streams(block, needs)
     # where attention is to be pruned, its dense outputs are of no use later
     mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
-    mixed = [observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index)]
+    outputs = (observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index))
+    mixed = activations.batches.beside(outputs)
     rare = require_enough_tokens(block, streams, activations, min_expert_tokens)
     for unit in block.units:
         if unit.name in rare:
@@ -175,13 +179,14 @@ def _outputs(
     index: int,
     block: Block,
     smaller: Callable[[Activations, int], None],
-    mixed: list[Any] | None,
+    mixed: Parked | None,
     share: float = 1.0,
 ) -> Iterator[Tensor]:
     """The block's outputs on what enters it, batch by batch; the mixer is replayed where its outputs were kept."""
     if activations is None:
         return
-    wanted = math.ceil(share * sum(map(len, activations.batches)))  # sequences: batches differ from device to device
+    n_sequences = sum(shape[0] for shape in activations.batches.shapes)
+    wanted = math.ceil(share * n_sequences)  # sequences: batches differ from device to device
     for _, result in outputs_of(activations, index, block, smaller, mixed):
         yield result[:wanted]
         wanted -= len(result)

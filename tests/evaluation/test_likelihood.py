@@ -5,10 +5,13 @@ from itertools import chain
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from dass.evaluation.likelihood import Choice, log_likelihoods
-from tests.models import tiny_model
+from dass.pruning.layout import find_blocks
+from dass.streaming import Shelf
+from tests.models import LAYOUTS, tiny_model
 
 
 def made_items() -> list[list[Choice]]:
@@ -40,10 +43,23 @@ def alone(model, choice: Choice) -> float:
 )
 def test_choices_that_share_a_context_score_as_each_alone(architecture, batch_size):
     model, items = tiny_model(architecture), made_items()
-    found = log_likelihoods(model, items, batch_size)
+    (found,) = log_likelihoods(model, [items], batch_size)
     assert [len(item) for item in found] == [len(item) for item in items]
     expected = [alone(model, choice) for item in items for choice in item]
     assert [*chain(*found)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", *LAYOUTS])
+def test_a_model_on_disk_scores_bit_for_bit_as_in_memory(tmp_path, architecture):
+    model, tasks = tiny_model(architecture), [made_items(), made_items()[::-1]]
+    expected = list(log_likelihoods(model, tasks, 6))
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    save_file(weights, file := tmp_path / "weights.safetensors")
+    index = {name: {"safetensors_file": str(file), "weight_name": name, "dtype": "float32"} for name in weights}
+    shelf, read = Shelf(model, find_blocks(model), index, {}, tmp_path), []
+    shelf._read = lambda block, original=shelf._read: (read.append(block.name), original(block))[1]
+    assert list(log_likelihoods(model, tasks, 6, shelf)) == expected
+    assert read == [block.name for block in shelf.blocks]  # once, whatever the number of items
 
 
 def test_a_model_with_another_state_than_keys_and_values():
@@ -54,7 +70,7 @@ def test_a_model_with_another_state_than_keys_and_values():
     ).eval()
     items = made_items()
     expected = [alone(model, choice) for item in items for choice in item]
-    assert [*chain(*log_likelihoods(model, items, 4))] == pytest.approx(expected, abs=1e-4)
+    assert [*chain(*next(log_likelihoods(model, [items], 4)))] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_shared_context_runs_once():
@@ -63,5 +79,5 @@ def test_a_shared_context_runs_once():
         lambda _, args, kwargs: rows.append(tuple((args[0] if args else kwargs["input_ids"]).shape)), with_kwargs=True
     )
     context = list(range(3, 33))
-    log_likelihoods(model, [[Choice(context, [40 + i, 50 + i]) for i in range(4)]] * 3, 8)
+    list(log_likelihoods(model, [[[Choice(context, [40 + i, 50 + i]) for i in range(4)]] * 3], 8))
     assert rows == [(2, 29), (8, 2), (1, 29), (4, 2)]  # the last token of the context predicts what follows
