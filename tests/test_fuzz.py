@@ -92,7 +92,7 @@ def test_any_damage_of_a_file_of_tensors(kind, tmp_path, data):
 @FAST
 @given(st.data())
 def test_any_header_of_a_file_of_tensors(kind, tmp_path, data):
-    """Each part of a valid one is anything: another type, negative and huge offsets and shapes, keys that stand twice."""
+    """Each part of a valid one is anything: other types, huge and negative offsets and shapes, keys twice."""
     size = struct.unpack("<Q", FILES[kind][:8])[0]
     header = json.loads(FILES[kind][8 : 8 + size])
     name = data.draw(st.sampled_from(sorted(header)))
