@@ -47,13 +47,17 @@ def is_written(plan: Plan, record: dict[str, Any]) -> bool:
     return path.is_file() and of_masks == file_sha256(path)
 
 
-def save(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, masks: PackedMasks, record: dict[str, Any]) -> None:
-    """Write the masks and the model where they are asked for, and their checksums into the record."""
-    config = plan.config
-    if config.masks is not None:
+def save_masks(plan: Plan, masks: PackedMasks, record: dict[str, Any]) -> None:
+    """Write the masks where they are asked for, and their checksum into the record."""
+    if plan.config.masks is not None:
         provenance = {key: record[key] for key in ("id", "config", "git", "versions")}
-        path = masks.write(destination(config.masks, plan.run_id), provenance)
+        path = masks.write(destination(plan.config.masks, plan.run_id), provenance)
         record["files"][MASKS_FILE] = file_sha256(path)
+
+
+def save(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, record: dict[str, Any]) -> None:
+    """Write the model where it is asked for, and its checksums into the record."""
+    config = plan.config
     if config.save_model is not None:
         source, revision = source_of(config.model), config.model.revision
         folder, dtype = destination(config.save_model, plan.run_id), resolve_dtype(config.model.dtype, source, revision)

@@ -48,7 +48,7 @@ from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import hub_text, source_of
 from experiments.notes import note_idle
-from experiments.outputs import command_of, destination, is_written, save, write_metrics
+from experiments.outputs import command_of, destination, is_written, save, save_masks, write_metrics
 from experiments.public import public, public_text
 from experiments.resolve import Plan, check, loads
 from experiments.scratch import claimed_run, scratch_folder
@@ -214,12 +214,13 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         record["experts"] = walked.rare
     if plan.compares:
         record["diagnostics"] = diagnostics(walked.measured)
-    problems = attempt(record, "save", partial(save, plan, model, shelf, walked.masks, record))
+    problems = attempt(record, "masks", partial(save_masks, plan, walked.masks, record))
+    problems += attempt(record, "save", partial(save, plan, model, shelf, record))
     if config.evaluation.name != "none":
         with stages.measure("evaluation"):
             problems += attempt(record, "evaluation", partial(score, evaluation, model, shelf, kept, record))
         record["stages"] = stages.as_dict()
-        if config.save_model is not None and not record["failed"]:
+        if config.save_model is not None and not {"save", "evaluation"} & set(record["failed"]):
             problems += attempt(record, "save", partial(write_metrics, plan, source, record))
     require_unchanged(plan)
     return record, problems

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from dass.errors import DassError
+from dass.errors import DassError, told
 from dass.memory import note_halved
 from dass.models import DTYPES, batch_size_for, resolve_dtype
 from dass.progress import progress, say
@@ -133,7 +134,18 @@ def _tensors(walked: Walked, batches: Iterable[torch.Tensor]) -> dict[str, torch
 def _goes_on(
     walked: Walked, blocks: list[Block], shelf: Shelf | None, kept: Kept, keeps_masks: bool
 ) -> tuple[int, list[torch.Tensor]]:
-    """Bring back what an earlier run has finished; returns the index of the next block, and what enters it."""
+    """Bring back what an earlier run has finished; returns the index of the next block, and what enters it.
+
+    DassError where it is whole by its checksums, and yet cannot be used.
+    """
+    broken = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError)
+    with told(f"What an earlier run left in {kept.folder} cannot be gone on with", "remove it", *broken):
+        return _restored(walked, blocks, shelf, kept, keeps_masks)
+
+
+def _restored(
+    walked: Walked, blocks: list[Block], shelf: Shelf | None, kept: Kept, keeps_masks: bool
+) -> tuple[int, list[torch.Tensor]]:
     facts = {} if kept.state is None else kept.state.facts
     lacks_masks = keeps_masks and facts.get("masks", {}).keys() != facts.get("projections", {}).keys()
     if kept.state is not None and (facts["batch_size"] != walked.batch_size or lacks_masks):
@@ -141,6 +153,8 @@ def _goes_on(
         kept.forget()
     if (state := kept.state) is None:
         return 0, []
+    if state.next > len(blocks):
+        raise ValueError(f"it speaks of {state.next} blocks")
     tensors = kept.tensors(state)
     walked.projections, walked.rare, walked.masks.about = facts["projections"], facts["rare"], facts["masks"]
     walked.halved, walked.hessians = facts["halved"], facts["hessians"]

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from dass import resume
 from dass.errors import DassError
 from dass.evaluation.zero_shot import TASKS
+from dass.pruning.layout import find_blocks
 from dass.resume import STATE, Kept
 from experiments import walked
 from tests.evaluation.test_zero_shot import any_items, write
@@ -275,6 +276,37 @@ def test_any_bytes_are_a_state_or_none(tmp_path, content):
     (tmp_path / resume.LOSSES).write_bytes(content)
     kept = Kept(tmp_path, "me")
     assert kept.state is None and kept.losses(1) == {}
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_state_that_is_whole_and_means_nothing_is_a_start_or_one_sentence(tmp_path, data):
+    """Its checksums fit, and its entries are of other types, or not there."""
+    for path in tmp_path.iterdir():
+        path.unlink()
+    blocks, kept = find_blocks(tiny_model(num_hidden_layers=2)), Kept(tmp_path, "me")
+    names = [p.name for block in blocks for p in block.projections]
+    facts = walked._facts(walked.Walked({name: {"axis": "in"} for name in names}, {"an expert": 3}, batch_size=2))
+    tensors = {"batch 0": torch.ones(2, 3, 32), "mask x": torch.ones(2, dtype=torch.uint8)}
+    kept._write(data.draw(st.integers(1, 2)), blocks, tensors, facts, lambda _, tensor: tensor)
+    tree = json.loads(resume._checked(tmp_path / STATE))
+    values = st.none() | st.integers(-1, 99) | st.text(max_size=3) | st.lists(st.integers(), max_size=2) | st.just({})
+    for _ in range(data.draw(st.integers(1, 2))):
+        part = data.draw(st.sampled_from([tree, tree["facts"], tree["files"]]).filter(bool))
+        name = data.draw(st.sampled_from(sorted(part)))
+        part[name] = data.draw(values)
+        if data.draw(st.booleans()):
+            del part[name]
+        if not isinstance(tree.get("facts"), dict) or not isinstance(tree.get("files"), dict):
+            break
+    resume._write_checked(tmp_path / STATE, json.dumps(tree))
+    found, left = Kept(tmp_path, "me"), walked.Walked(batch_size=2)
+    try:
+        start, batches = walked._goes_on(left, blocks, None, found, False)
+    except DassError as error:
+        assert "cannot be gone on with" in str(error) and len(str(error).splitlines()) == 1
+    else:
+        assert 0 <= start <= 2 and all(isinstance(batch, torch.Tensor) for batch in batches)
 
 
 @pytest.mark.slow
