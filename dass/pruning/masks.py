@@ -137,6 +137,28 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
         )
 
 
+def nm_along(lines: Tensor) -> NM | None:
+    """The strictest N:M that weights obey, M <= 32; None where they obey none that is meant.
+
+    None, too, where the fullest group is far from the mean, as some N of 32 holds in any small matrix with zeros; but
+    2:4 is always told, since hardware asks for nothing more.
+
+    Args:
+        lines: which weights are kept, `(lines, length)` bool; groups of M are consecutive in a line.
+    """
+    found = []
+    for m in (m for m in range(2, 33) if lines.shape[1] % m == 0):
+        for part in (lines[:64], lines):  # a look at a few lines refuses most
+            counts = part.reshape(-1, m).sum(1, dtype=torch.uint8)
+            n = max(1, int(counts.max()))
+            is_meant = n < counts.float().mean() + max(1, n / 8) or (m == 4 and n <= 2)
+            if n == m or not is_meant:
+                break
+        else:
+            found.append(NM(n, m))
+    return min(found, key=lambda pattern: (pattern.n / pattern.m, pattern.m), default=None)
+
+
 def require_fitting(pattern: Pattern, axis: Axis, where: str = "") -> None:
     """Raise DassError where an axis means nothing under a pattern."""
     if axis == "both" and not isinstance(pattern, NM):
