@@ -113,18 +113,27 @@ def pack(weight: Tensor) -> Packed | None:
 
 def packing_of(weight: Tensor) -> tuple[Packing | None, NM | None]:
     """How `pack` packs a matrix, and by which N:M; None and None where that gains nothing."""
-    for packing in ("in", "out"):
-        if (pattern := nm_along(_lines(weight, packing) != 0)) is not None:
-            return packing, pattern
-    return ("bitmask" if bytes_of(weight, "bitmask", None) < weight.nbytes else None), None
+    inputs, outputs = (nm_along(_lines(weight, axis) != 0) for axis in ("in", "out"))
+    kept = int(torch.count_nonzero(weight))
+    return chosen_packing(inputs, outputs, weight.numel(), kept, weight.element_size())[:2]
 
 
-def bytes_of(weight: Tensor, packing: Packing | None, pattern: NM | None) -> int:
-    """The size of a matrix so packed, in bytes, but for the signs of negative zeros."""
-    if packing is None:
-        return weight.nbytes
-    kept = weight.numel() * pattern.n // pattern.m if pattern else int(torch.count_nonzero(weight))
-    return kept * weight.element_size() + encoded_bytes(weight.numel(), pattern)
+def chosen_packing(
+    inputs: NM | None, outputs: NM | None, weights: int, kept: int, size: int
+) -> tuple[Packing | None, NM | None, int]:
+    """How a matrix is packed, by which N:M, and how many bytes it has then, but for the signs of negative zeros.
+
+    Args:
+        inputs, outputs: the N:M along them, if any.
+        weights, kept: how many there are, and are not zero.
+        size: of one, in bytes.
+    """
+    ways: dict[Packing, NM | None] = {"in": inputs, "out": outputs}
+    for packing, pattern in ways.items():
+        if pattern is not None:
+            return packing, pattern, weights * pattern.n // pattern.m * size + encoded_bytes(weights, pattern)
+    packed = kept * size + encoded_bytes(weights, None)
+    return ("bitmask", None, packed) if packed < weights * size else (None, None, weights * size)
 
 
 def unpack(packed: Packed) -> Tensor:
