@@ -258,6 +258,16 @@ class Diagnostics(Part):
         return self
 
 
+class Audit(Part):
+    """What hardware can make of the zeros, as `dass/audit.py` tells it."""
+
+    status: str
+    prefill: Annotated[float, Field(ge=1)]
+    decode: dict[str, Annotated[float, Field(ge=1)]]
+    read: dict[str, Size]
+    disk: dict[str, Size]
+
+
 class Record(Part):
     """A record: what a report reads of it."""
 
@@ -274,6 +284,7 @@ class Record(Part):
     files: dict[str, str]
     failed: dict[str, str]
     diagnostics: Diagnostics | None = None
+    audit: Audit | None = None
 
 
 @contextlib.contextmanager

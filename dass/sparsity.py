@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dass.errors import DassError, one_line, told
 from dass.folders import temporary_beside
+from dass.packing import decode, encode, encoded_bytes
 from dass.pruning.blocks import Block, Hold, Projection, mlp_names, resident
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import AXES, NM, Mask, Unstructured, verify_mask
@@ -89,7 +89,7 @@ def _share(counted: list[dict[str, Any]]) -> float:
 
 
 class PackedMasks:
-    """Masks of a whole model, a bit per weight, on the host."""
+    """Masks of a whole model on the host: under 2:4 and the like digits of groups, see dass/packing.py, else bits."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -98,13 +98,18 @@ class PackedMasks:
 
     def add(self, name: str, mask: Mask) -> None:
         """Pack the mask of the projection `name`."""
-        self.bits[name] = torch.from_numpy(np.packbits(mask.keep.cpu().numpy(), axis=None))
+        lines, groups = mask.keep.T if mask.axis == "out" else mask.keep, None
+        if isinstance(mask.pattern, NM) and (lines.reshape(-1, mask.pattern.m).sum(1) == mask.pattern.n).all():
+            groups = mask.pattern
+        self.bits[name] = encode(mask.keep if groups is None else lines, groups)
         self.about[name] = {
             "shape": list(mask.keep.shape),
             "axis": mask.axis,
             "pattern": asdict(mask.pattern),
             "column_block": mask.column_block,
         }
+        if groups is not None:
+            self.about[name]["grouped"] = True
         if mask.order is not None:
             self.bits[name + ORDER] = mask.order.cpu().int()
             self.about[name]["ordered"] = True
@@ -178,22 +183,26 @@ def _unpacked(
     pattern: dict[str, Any],
     column_block: int | None,
     ordered: bool = False,
+    grouped: bool = False,
 ) -> Mask:
     """One mask of a file; an error of any kind if it is none."""
     packed = file.get_slice(name)  # nothing is read yet
     sizes = [*shape, *([] if column_block is None else [column_block])]
     if len(shape) != 2 or not all(type(size) is int and size > 0 for size in sizes) or axis not in AXES:
         raise ValueError(f"{one_line(name)} has no such shape, axis or block of columns")
-    if packed.get_dtype() != "U8" or list(packed.get_shape()) != [-(-shape[0] * shape[1] // 8)]:
-        raise ValueError(f"{one_line(name)} does not hold a bit for each of its {shape[0]} x {shape[1]} weights")
-    bits = np.unpackbits(packed[:], count=shape[0] * shape[1]).reshape(shape)
-    kind = Unstructured if "ratio" in pattern else NM
+    kept = (Unstructured if "ratio" in pattern else NM)(**pattern)
+    groups = kept if grouped is True and isinstance(kept, NM) and column_block is None else None
+    if packed.get_dtype() != "U8" or list(packed.get_shape()) != [encoded_bytes(shape[0] * shape[1], groups)]:
+        raise ValueError(f"{one_line(name)} does not hold the bytes of its {shape[0]} x {shape[1]} weights")
+    turned = groups is not None and axis == "out"  # digits are those of columns
+    lines = decode(torch.from_numpy(packed[:]), (shape[1], shape[0]) if turned else (shape[0], shape[1]), groups)
+    keep = lines.T.contiguous() if turned else lines
     order = torch.from_numpy(file.get_tensor(name + ORDER)).long() if ordered is True else None
     if order is not None and (
         len(order) not in shape or not torch.equal(order.sort().values, torch.arange(len(order)))
     ):
         raise ValueError(f"the order of {one_line(name)} is no permutation of its neurons")
-    return Mask(torch.from_numpy(bits.astype(bool)), kind(**pattern), axis, column_block, order)
+    return Mask(keep, kept, axis, column_block, order)
 
 
 def _opened(path: Path) -> Any:

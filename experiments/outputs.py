@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from transformers import PreTrainedModel
 
+from dass.audit import facts_of
 from dass.folders import is_saved, read_seal
 from dass.models import resolve_dtype
 from dass.pruning.adaptive import AdaptivePruner
@@ -86,6 +87,7 @@ def card_of(plan: Plan, source: str, record: dict[str, Any]) -> str:
         facts["order of the neurons"] = pruner.method.order
         facts["update"] = pruner.method.update
     facts["zeros"] = ", ".join(f"{sparsity[name]:.4f} of {name}" for name in ("targeted", "mlp", "linear", "total"))
+    facts |= facts_of(record["audit"]) if "audit" in record else {}
     facts["fingerprint"] = plan.run_id
     return model_card(
         name=f"{config.model.name} pruned by {config.method['name']}" if plan.pruners else config.model.name,

@@ -52,7 +52,7 @@ from experiments.outputs import command_of, destination, is_written, save, save_
 from experiments.public import public, public_text
 from experiments.resolve import Plan, check, loads
 from experiments.scratch import claimed_run, scratch_folder
-from experiments.walked import Log, Walked, counted, prune
+from experiments.walked import Log, Walked, audited, counted, prune
 from report.reading import runs_of
 
 
@@ -212,6 +212,8 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         record["calibration"] = drawn_facts
     if walked.rare:
         record["experts"] = walked.rare
+    if (audit := audited(plan, model, shelf)) is not None:
+        record["audit"] = audit
     if plan.compares:
         record["diagnostics"] = diagnostics(walked.measured)
     problems = attempt(record, "masks", partial(save_masks, plan, walked.masks, record))

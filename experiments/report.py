@@ -9,19 +9,16 @@ python -m experiments.report site=FOLDER                                all whol
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from dass.errors import DassError, one_line
+from dass.errors import DassError
 from dass.manifests import FOLDER, Manifest, read_manifest, read_manifests
-from dass.names import unknown
 from dass.records import read_records, write_atomically
-from dass.terminal import printing
 from dass.tracking import log_report, track
-from experiments.app import sentence
-from experiments.bounds import require_one_line, usable_path
+from experiments import plain
 from report.figures import write_figure
 from report.grid import to_latex, to_markdown
 from report.kinds import Material, find_kind
@@ -53,14 +50,7 @@ PATHS = ("manifest", "records", "published", "output", "reference", "page", "sit
 
 def settings_of(arguments: list[str]) -> ReportConfig:
     """The settings that `key=value` arguments give; DassError on a word without `=`, an unknown key or no path."""
-    known, given = [field.name for field in fields(ReportConfig)], {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            raise unknown("The setting", one_line(key), known)
-        require_one_line(key, value)
-        given[key] = usable_path(key, value) if key in PATHS else value
-    return ReportConfig(**given)
+    return plain.settings_of(ReportConfig, PATHS, arguments)
 
 
 def report(config: ReportConfig) -> None:
@@ -89,12 +79,7 @@ def report(config: ReportConfig) -> None:
 
 def main(arguments: list[str]) -> None:
     """Report as the command line says; an error of the user is one sentence on stderr, and exit 1."""
-    with printing():
-        try:
-            report(settings_of(arguments))
-        except DassError as error:
-            print(f"error: {sentence(error)}", file=sys.stderr)
-            sys.exit(1)
+    plain.run_plain(report, ReportConfig, PATHS, arguments)
 
 
 def _manifests(config: ReportConfig, folder: Path) -> list[Manifest]:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from dass.audit import as_dict, audit
 from dass.errors import DassError, told
 from dass.memory import note_halved
 from dass.models import DTYPES, batch_size_for, resolve_dtype
@@ -61,6 +62,16 @@ def counted(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, walked: Wal
     for name, facts in walked.projections.items():
         sparsity["projections"][name] |= facts
     return sparsity
+
+
+def audited(plan: Plan, model: PreTrainedModel, shelf: Shelf | None) -> dict[str, Any] | None:
+    """What hardware can make of the model, as it will be stored; None of a dense model whose blocks are not found."""
+    stored = DTYPES[resolve_dtype(plan.config.model.dtype, source_of(plan.config.model), plan.config.model.revision)]
+    try:
+        blocks = find_blocks(model, plan.config.model.projections)
+    except DassError:
+        return None
+    return as_dict(audit(model, blocks, stored, resident if shelf is None else shelf.hold))
 
 
 @torch.no_grad()

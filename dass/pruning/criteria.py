@@ -81,6 +81,21 @@ def dass_ria(weight: Tensor, role: str, statistics: Statistics, alpha: float = 0
     return scores
 
 
+@criterion("input_norm", gate=("input_norm", "intermediate_norm"), up=("input_norm", "intermediate_norm"))
+def wanda_dass(weight: Tensor, role: str, statistics: Statistics, alpha: float = 0.5) -> Tensor:
+    """S_ij = |W_ij| * ||x_j||_2 * n_i^alpha for gate and up, as in Wanda and in DaSS at once; Wanda's for the rest.
+
+    It varies along both axes, and so is one for transposable masks: within a row n_i is constant, within a column x_j.
+
+    alpha: exponent of the intermediate norm.
+    """
+    scores = wanda(weight, role, statistics)
+    if role in ("gate", "up"):
+        n = statistics.intermediate_norm
+        return scores * (n / n.max().clamp_min(torch.finfo(n.dtype).tiny))[:, None] ** alpha
+    return scores
+
+
 def _share(size: Tensor, dim: int) -> Tensor:
     """Each weight's share of its column's (dim 0) or row's (dim 1) sum; 0 where that is."""
     return size / size.sum(dim, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)

@@ -1,7 +1,8 @@
 """Patterns, group axes, mask selection and mask verification.
 
 A mask is boolean, `(out_features, in_features)`, True = keep. Weights compete inside comparison groups, which run
-along one axis of the matrix. Among equal scores the lower index is pruned first, on every device and dtype.
+along one axis of the matrix, or, in N:M, along both at once. Among equal scores the lower index is pruned first, on
+every device and dtype.
 """
 
 import math
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dass.errors import Answers, DassError, require_finite
+from dass.pruning.transposable import keep_transposable
 
-Axis = Literal["in", "out", "layer"]
+Axis = Literal["in", "out", "layer", "both"]
 AXES: tuple[str, ...] = get_args(Axis)
 LARGEST_RANKED_M = 16  # comparing all pairs of M is fastest up to about here; above, selecting the threshold is
 
@@ -61,8 +63,9 @@ class Mask:
     """Which weights are kept, `(out_features, in_features)` bool, with the pattern and the axis that it obeys.
 
     Hardware for N:M sparsity needs it along the inputs, over which a product is summed; a mask along the outputs does
-    not speed the forward product up. The axis `layer` under N:M is `in`: M consecutive weights of the row-major matrix
-    are inputs of one row.
+    not speed the forward product up, but dX = dY W of the backward pass. Along `both` (transposable) N of M are kept in
+    the rows and in the columns of each M x M tile. The axis `layer` under N:M is `in`: M consecutive weights of the
+    row-major matrix are inputs of one row.
     """
 
     keep: Tensor
@@ -82,12 +85,12 @@ def select_mask(
     Args:
         scores: importance, `(out_features, in_features)`, any floating dtype, any strides.
         pattern: how many survive.
-        axis: `in`: a group is one row; `out`: one column; `layer`: the whole matrix (for N:M, see `Mask`).
+        axis: `in`: a group is one row; `out`: one column; `layer`: the whole matrix; `both`: a tile (see `Mask`).
         name: the layer's name, for errors.
         later: see `require_finite`.
 
     Raises:
-        DassError: a score is NaN or infinite, or M does not divide the group.
+        DassError: a score is NaN or infinite, M does not divide the group, or `both` is asked for without N:M.
     """
     if axis not in AXES:
         raise DassError(f"The group axis of {name} is '{axis}': choose one of {', '.join(AXES)}.")
@@ -100,11 +103,13 @@ def select_mask(
 
 def keep_most_important(scores: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     """The selection itself, bool `(out_features, in_features)`, without the checks of `select_mask`."""
+    if isinstance(pattern, NM) and axis == "both":
+        return keep_transposable(scores, pattern.n, pattern.m)
     if isinstance(pattern, NM):
         dim = 0 if axis == "out" else 1
         split = scores.unflatten(dim, (-1, pattern.m))
         return _kept_of_m(split, pattern.m - pattern.n, dim + 1).reshape(scores.shape).contiguous()
-    groups = _groups(scores, axis)
+    (groups,) = _groups(scores, axis)
     keep = _kept(groups, math.floor(pattern.ratio * groups.shape[1]))
     return keep.T.contiguous() if axis == "out" else keep.reshape(scores.shape)
 
@@ -118,13 +123,13 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
     _require_divisible(mask.keep, mask.pattern, mask.axis, name)
     wrong = groups_seen = 0
     for part in mask.keep.split(mask.column_block or mask.keep.shape[1], dim=1):
-        groups = _groups(part, mask.axis)
-        if isinstance(mask.pattern, NM):
-            groups, expected = groups.reshape(-1, mask.pattern.m), mask.pattern.n
-        else:
-            expected = groups.shape[1] - math.floor(mask.pattern.ratio * groups.shape[1])
-        wrong += int((groups.sum(1) != expected).sum())
-        groups_seen += len(groups)
+        for groups in _groups(part, mask.axis):
+            if isinstance(mask.pattern, NM):
+                kept, expected = groups.reshape(-1, mask.pattern.m).sum(1), mask.pattern.n
+            else:
+                kept, expected = groups.sum(1), groups.shape[1] - math.floor(mask.pattern.ratio * groups.shape[1])
+            wrong += int((kept != expected).sum())
+            groups_seen += len(kept)
     if wrong:
         raise DassError(
             f"The mask of {name} breaks its pattern {mask.pattern} along '{mask.axis}' in {wrong} of {groups_seen} "
@@ -132,20 +137,52 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
         )
 
 
-def _groups(matrix: Tensor, axis: Axis) -> Tensor:
-    """A view (or reshaped copy) of a matrix with one comparison group in each row."""
-    if axis == "in":
-        return matrix
-    return matrix.T if axis == "out" else matrix.reshape(1, -1)
+def nm_along(lines: Tensor) -> NM | None:
+    """The strictest N:M that weights obey, M <= 32; None where they obey none that is meant.
+
+    None, too, where the fullest group is far from the mean, as some N of 32 holds in any small matrix with zeros; but
+    2:4 is always told, since hardware asks for nothing more.
+
+    Args:
+        lines: which weights are kept, `(lines, length)` bool; groups of M are consecutive in a line.
+    """
+    found = []
+    for m in (m for m in range(2, 33) if lines.shape[1] % m == 0):
+        for part in (lines[:64], lines):  # a look at a few lines refuses most
+            counts = part.reshape(-1, m).sum(1, dtype=torch.uint8)
+            n = max(1, int(counts.max()))
+            is_meant = n < counts.float().mean() + max(1, n / 8) or (m == 4 and n <= 2)
+            if n == m or not is_meant:
+                break
+        else:
+            found.append(NM(n, m))
+    return min(found, key=lambda pattern: (pattern.n / pattern.m, pattern.m), default=None)
+
+
+def require_fitting(pattern: Pattern, axis: Axis, where: str = "") -> None:
+    """Raise DassError where an axis means nothing under a pattern."""
+    if axis == "both" and not isinstance(pattern, NM):
+        raise DassError(
+            f"The group axis both{where} is that of N:M in rows and columns of a tile, and {pattern} has no tiles: "
+            f"choose in, out or layer, or an N:M pattern.",
+            field="method.axis",
+        )
+
+
+def _groups(matrix: Tensor, axis: Axis) -> list[Tensor]:
+    """Views (or reshaped copies) of a matrix with one comparison group in each row."""
+    lines = {"in": [matrix], "out": [matrix.T], "both": [matrix, matrix.T]}
+    return lines[axis] if axis in lines else [matrix.reshape(1, -1)]
 
 
 def _require_divisible(matrix: Tensor, pattern: Pattern, axis: Axis, name: str) -> None:
-    length = _groups(matrix, axis).shape[1]
-    if isinstance(pattern, NM) and length % pattern.m:
-        raise DassError(
-            f"{name} has {length} {axis}put features, which M={pattern.m} does not divide: "
-            f"choose another pattern or leave this layer out with `exclude`."
-        )
+    require_fitting(pattern, axis, f" of {name}")
+    for groups, side in zip(_groups(matrix, axis), ["out"] if axis == "out" else ["in", "out"], strict=False):
+        if isinstance(pattern, NM) and groups.shape[1] % pattern.m:
+            raise DassError(
+                f"{name} has {groups.shape[1]} {side}put features, which M={pattern.m} does not divide: "
+                f"choose another pattern or leave this layer out with `exclude`."
+            )
 
 
 def _kept_of_m(split: Tensor, count: int, dim: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from dass.errors import DassError
 from dass.pruning.blocks import ROLES
 from dass.pruning.criteria import CRITERIA
-from dass.pruning.masks import AXES, NM, Axis, Pattern
+from dass.pruning.masks import AXES, NM, Axis, Pattern, require_fitting
 from dass.pruning.order import ORDERS
 from dass.pruning.registry import Entry, Value
 from dass.pruning.update import UPDATES
@@ -50,6 +50,14 @@ class Method:
             if role not in ROLES or axis not in AXES:
                 raise DassError(
                     f"The axis {role}={axis} is unknown: roles are {', '.join(ROLES)}, axes are {', '.join(AXES)}.",
+                    field=f"method.axis.{role}",
+                )
+            require_fitting(self.pattern, axis, f" of {role}")
+            if axis == "both" and self.chooses_while_sweeping(role):
+                raise DassError(
+                    f"The group axis both of {role} takes whole tiles of M x M weights, but SparseGPT takes M columns "
+                    "at a time while its update sweeps over them: use another criterion, whose mask comes first, or "
+                    "update=none.",
                     field=f"method.axis.{role}",
                 )
 

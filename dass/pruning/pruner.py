@@ -91,13 +91,14 @@ class BlockPruner:
         if not projections:
             raise DassError(f"exclude={self.exclude} leaves nothing to prune: narrow it.", field="exclude")
         for p in projections:
-            width = p.weight.shape[0 if self.method.axis_for(p.role) == "out" else 1]
-            if isinstance(self.method.pattern, NM) and width % self.method.pattern.m:
-                raise DassError(
-                    f"{p.name} is {width} wide along '{self.method.axis_for(p.role)}', which M={self.method.pattern.m} "
-                    f"does not divide: choose another pattern or leave the layer out with `exclude`.",
-                    field="sparsity",
-                )
+            axis, (outputs, inputs) = self.method.axis_for(p.role), p.weight.shape
+            for width in {"out": (outputs,), "both": (inputs, outputs)}.get(axis, (inputs,)):
+                if isinstance(self.method.pattern, NM) and width % self.method.pattern.m:
+                    raise DassError(
+                        f"{p.name} is {width} wide along '{axis}', which M={self.method.pattern.m} does not divide: "
+                        f"choose another pattern or leave the layer out with `exclude`.",
+                        field="sparsity",
+                    )
 
     def needs(self, block: Block) -> Needs:
         """What must be seen in this block."""
@@ -194,7 +195,8 @@ class BlockPruner:
     def _lines(self, block: Block, p: Projection, streams: Streams) -> Tensor:
         """The scores of a projection in which weights of several neurons compete, `(lines, neurons)`; perhaps none."""
         reads_them = p.role in ("down", "o")
-        if (self.method.axis_for(p.role) == "out") == reads_them:
+        axis = self.method.axis_for(p.role)
+        if axis != "both" and (axis == "out") == reads_them:
             return p.weight.new_empty(0, p.weight.shape[1 if reads_them else 0], dtype=torch.float32)
         found = self.scores(block, p, streams)
         return found if reads_them else found.T

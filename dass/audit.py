@@ -1,0 +1,237 @@
+"""What hardware can make of a model's zeros, told from the weights alone.
+
+A sparse tensor core multiplies by 2:4 along the axis that a product sums over (K): the inputs in the forward pass
+Y = X W^T, the outputs in dX = dY W of the backward pass. See docs/hardware.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.sparse.semi_structured import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+
+from dass.packing import chosen_packing
+from dass.planning.architecture import TOKEN_EXPERTS
+from dass.pruning.blocks import Block, Hold, Projection, resident
+from dass.pruning.masks import nm_along
+from dass.sparsity import linear_names
+
+KERNELS = {"cuSPARSELt": SparseSemiStructuredTensorCUSPARSELT, "CUTLASS": SparseSemiStructuredTensorCUTLASS}
+"""torch's own, by the name of the library behind each."""
+ACCELERATED, NO_KERNEL, NOT_ALIGNED, DENSE = "accelerated", "K-aligned but no kernel", "not K-aligned", "dense"
+FEW = 0.01
+"""A matrix with a smaller share of zeros is dense."""
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What one projection is to hardware."""
+
+    role: str
+    shape: tuple[int, int]
+    """`(out_features, in_features)`."""
+    dtype: str
+    sparsity: float
+    """Share of zeros."""
+    inputs: str | None
+    """The strictest N:M along the inputs, such as 2:4; None: none."""
+    outputs: str | None
+    """The same along the outputs."""
+    groups: float | None
+    """Share of the groups of 4 along the inputs with at most 2 non-zeros; None where 4 does not divide them."""
+    kernels: tuple[str, ...]
+    """Those of `KERNELS` that take this shape and dtype in the forward pass."""
+    status: str
+    """accelerated; K-aligned but no kernel; not K-aligned; dense: of the forward pass."""
+    helps: str
+    """Which pass a sparse tensor core speeds up: forward, backward (dX = dY W), forward and backward, or none."""
+    packed: int
+    """Bytes when packed, see dass/packing.py."""
+
+    @property
+    def axis(self) -> str:
+        """Along which axis N:M holds: in, out, both or neither."""
+        return {(True, True): "both", (True, False): "in", (False, True): "out"}.get(
+            (self.inputs is not None, self.outputs is not None), "neither"
+        )
+
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight."""
+        return getattr(torch, self.dtype).itemsize
+
+    @property
+    def masked_saving(self) -> float:
+        """Bytes that a bitmask saves, a bit for each weight."""
+        return max(self.weights * (self.sparsity * self.size - 1 / 8), 0)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a whole model is to hardware."""
+
+    projections: dict[str, Audited]
+    prefill: float
+    """The most that a forward pass over many tokens can gain by its status: Amdahl over the linear layers' operations.
+
+    Without the head, which is needed for the last token alone, and without attention's own products.
+    """
+    read: dict[str, int]
+    """Bytes of the linear layers and the head that a token of decoding reads: dense; 2:4 as packed by the kernels where
+    accelerated (2 bits for each value kept); and with a bitmask wherever there are zeros, for which torch has none."""
+    disk: dict[str, int]
+    """Bytes of all weights: dense, and packed as by `experiments.pack`."""
+
+    @property
+    def decode(self) -> dict[str, float]:
+        """The most that decoding can gain, which is bound by the bytes it reads: packed 2:4, and bitmask."""
+        return {name: self.read["dense"] / bytes_read for name, bytes_read in self.read.items() if name != "dense"}
+
+
+def kernels_for(shape: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
+    """The kernels of torch that take a sparse matrix of this shape and dtype, by their own constraints."""
+    found = []
+    for name, kernel in KERNELS.items():
+        least = kernel._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
+        if least and not (shape[0] % least.sparse_min_rows or shape[1] % least.sparse_min_cols):
+            found.append(name)
+    return tuple(found)
+
+
+def share_of_groups(weight: Tensor) -> float | None:
+    """The share of groups of 4 consecutive inputs with at most 2 non-zeros; None where 4 does not divide them."""
+    if weight.shape[1] % 4:
+        return None
+    return ((weight != 0).reshape(-1, 4).sum(1, dtype=torch.uint8) <= 2).double().mean().item()
+
+
+def audit_matrix(weight: Tensor, role: str = "", dtype: torch.dtype | None = None) -> Audited:
+    """What one matrix `(out_features, in_features)` is to hardware; `dtype`: what it is stored in, if another."""
+    kept, dtype = weight != 0, dtype or weight.dtype
+    shape, count = (weight.shape[0], weight.shape[1]), int(kept.sum())
+    inputs, outputs = nm_along(kept), nm_along(kept.T)
+    groups, sparsity = share_of_groups(weight), 1 - count / weight.numel()
+    kernels = kernels_for(shape, dtype)
+    if sparsity < FEW:
+        status = DENSE
+    elif groups == 1 and kernels:
+        status = ACCELERATED
+    else:
+        status = NOT_ALIGNED if inputs is None else NO_KERNEL
+    backward = status != DENSE and share_of_groups(weight.T) == 1 and bool(kernels_for(shape[::-1], dtype))
+    passes = [*(["forward"] if status == ACCELERATED else []), *(["backward (dX = dY W)"] if backward else [])]
+    return Audited(
+        role,
+        shape,
+        str(dtype).removeprefix("torch."),
+        sparsity,
+        None if inputs is None else str(inputs),
+        None if outputs is None else str(outputs),
+        groups,
+        kernels,
+        status,
+        " and ".join(passes) or "none",
+        chosen_packing(inputs, outputs, weight.numel(), count, dtype.itemsize)[2],
+    )
+
+
+@torch.no_grad()
+def audit(model: nn.Module, blocks: list[Block], dtype: torch.dtype | None = None, hold: Hold = resident) -> Audit:
+    """Look at every projection of every block.
+
+    Args:
+        dtype: what the weights will be stored in, where it is another than that of the computing.
+        hold: has a block in memory while it is looked at.
+    """
+    found: dict[str, Audited] = {}
+    runs: dict[str, float] = {}  # the share of tokens that each projection sees
+    for block in blocks:
+        with hold(block):
+            found |= {p.name: audit_matrix(p.weight, p.role, dtype) for p in block.projections}
+        runs |= {p.name: _share_of_tokens(model, block, p) for p in block.projections}
+    linear = [model.get_parameter(name) for name in linear_names(model)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    fast, sparse = ([n for n, one in found.items() if is_so(one)] for is_so in (_is_fast, _is_sparse))
+    # what experts that a token does not visit would add
+    idle = {name: (1 - runs[name]) * one.weights for name, one in found.items()}
+    operations = sum(p.numel() for p in linear) - sum(idle.values())
+    dense = sum(p.numel() * (dtype or p.dtype).itemsize for p in (*linear, *([] if head is None else [head.weight])))
+    dense -= round(sum(weights * found[name].size for name, weights in idle.items()))
+    disk = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
+    return Audit(
+        found,
+        operations / (operations - sum(runs[n] * found[n].weights / 2 for n in fast)),
+        {
+            "dense": dense,
+            "2:4": round(dense - sum(runs[n] * found[n].weights * (found[n].size / 2 - 1 / 8) for n in fast)),
+            "bitmask": round(dense - sum(runs[n] * found[n].masked_saving for n in sparse)),
+        },
+        {"dense": disk, "packed": disk - sum(one.weights * one.size - one.packed for one in found.values())},
+    )
+
+
+def as_dict(audit: Audit) -> dict[str, Any]:
+    """For a record: the sums, and each kind of projection once, with the names of those that are of it."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, one in audit.projections.items():
+        facts = {key: value for key, value in asdict(one).items() if key != "sparsity"}  # which a record has already
+        facts |= {"axis": one.axis, "shape": list(one.shape), "kernels": list(one.kernels)}
+        kinds.setdefault(repr(facts), facts | {"projections": []})["projections"].append(name)
+    return {
+        "kinds": list(kinds.values()),
+        "status": status_of(audit),
+        "prefill": audit.prefill,
+        "decode": audit.decode,
+        "read": audit.read,
+        "disk": audit.disk,
+    }
+
+
+def status_of(audit: Audit) -> str:
+    """In words what the projections with zeros are, by role: `gate, up: not K-aligned; down: accelerated`."""
+    by_role: dict[str, dict[str, None]] = {}
+    for one in audit.projections.values():
+        if one.status != DENSE:
+            by_role.setdefault(one.role, {})[one.status] = None
+    roles: dict[str, list[str]] = {}
+    for role, found in by_role.items():
+        roles.setdefault(" or ".join(found), []).append(role)
+    return "; ".join(f"{', '.join(own)}: {status}" for status, own in roles.items()) or DENSE
+
+
+def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """An audit as `as_dict` gives it, in words for people."""
+    helped = dict.fromkeys(kind["helps"] for kind in record["kinds"] if kind["status"] != DENSE)
+    return {
+        "sparse tensor cores": record["status"],
+        "passes that they speed up": ", ".join(helped) or "none",
+        "speed-up, at most": f"prefill {record['prefill']:.2f}, decode {record['decode']['2:4']:.2f} with 2:4 kernels, "
+        f"{record['decode']['bitmask']:.2f} with a bitmask",
+        "bytes on disk": f"{record['disk']['dense']} dense, {record['disk']['packed']} packed",
+    }
+
+
+def _share_of_tokens(model: nn.Module, block: Block, p: Projection) -> float:
+    """Of experts behind a router the share of tokens that each sees, were routers even, as the config says; else 1."""
+    unit = block.unit_of(p)
+    if unit is None or not unit.routed:
+        return 1.0
+    config: Any = model.config
+    text, experts = config.get_text_config(), sum(one.routed for one in block.units)
+    known = (getattr(text, name, None) for name in TOKEN_EXPERTS)
+    return next((n for n in known if isinstance(n, int)), experts) / experts
+
+
+def _is_fast(one: Audited) -> bool:
+    return one.status == ACCELERATED
+
+
+def _is_sparse(one: Audited) -> bool:
+    return one.status != DENSE
