@@ -126,9 +126,9 @@ def model_identity(model: ModelConfig, contents: str | None = None) -> dict[str,
 def code_of(function: Callable[..., Any]) -> str:
     """16 hex digits for the code of a function and of what it calls in its own module, without comments and words.
 
-    Who edits an equation gets another run; who edits a docstring does not.
+    Who edits an equation gets another run; who edits a docstring does not. An update that calls another one follows it.
     """
-    module, sources, waiting = inspect.getmodule(function), {}, [function]
+    sources, waiting, updates = {}, [function], [entry.function for entry in UPDATES.values()]
     while waiting:
         one = waiting.pop()
         tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
@@ -137,9 +137,9 @@ def code_of(function: Callable[..., Any]) -> str:
                 node.body = node.body[1:]
         sources[one.__qualname__] = ast.unparse(tree)
         for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
-            used = getattr(module, name, None)
-            if inspect.isfunction(used) and used.__module__ == function.__module__ and used.__qualname__ not in sources:
-                waiting.append(used)
+            used = getattr(inspect.getmodule(one), name, None)
+            if inspect.isfunction(used) and (used.__module__ == one.__module__ or used in updates):
+                waiting += [used] * (used.__qualname__ not in sources)
             elif isinstance(used, int | float | str):
                 sources[name] = repr(used)
     return identity_of(sources)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from dass.errors import DassError
@@ -25,6 +26,15 @@ class Call:
         """Run the block on hidden states `(batch, seq_len, d)`."""
         output = block.module(hidden, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple | list) else output
+
+    def in_dtype(self, dtype: torch.dtype) -> "Call":
+        """The same with its floating-point tensors in another dtype; itself where they are in this one."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        arguments, keywords = tree_map_only(Tensor, cast, (self.arguments, self.keywords))
+        return Call(arguments, keywords)
 
 
 @dataclass

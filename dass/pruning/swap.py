@@ -2,11 +2,12 @@
 
 With R = W - W', what is pruned, the output error of a layer is E = sum over rows i of R_i H R_i^T, H = X^T X, and
 G = R H. Pruning the kept W_ip changes it by a_ip = 2 W_ip G_ip + W_ip^2 H_pp, keeping the pruned W_kq by
-b_kq = -2 W_kq G_kq + W_kq^2 H_qq, and both in one row (i = k) by a_ip + b_iq - 2 W_ip W_iq H_pq, exactly. The error is a
-sum over rows, so that an exchange between two rows, as groups along the outputs need it, changes it by a_ip + b_kq.
+b_kq = -2 W_kq G_kq + W_kq^2 H_qq, and both in one row (i = k) by a_ip + b_iq - 2 W_ip W_iq H_pq, exactly. The error is
+a sum over rows, so that an exchange between two rows, as groups along the outputs need it, changes it by a_ip + b_kq.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from dass.pruning.masks import NM, Mask
 from dass.pruning.statistics import Statistics
 from dass.pruning.update import Rows, obs, update
 
-CANDIDATES = 8
-"""Of each row, looked at first; more where a bound does not tell that the best exchange is one between them."""
+CANDIDATES = 32
+"""Of each row the cheapest weights to prune, and to keep, between which the best exchange is looked for where a group
+is a whole row; where none of these gains anything, between all. So rows of up to twice as many are searched in full."""
+PAIRS = 2**22
+"""Of weights, that are looked at together."""
 ISLANDS = 256
 """Rows, or groups of rows, that are worked on at a time: their numbers stay in the cache."""
 ROUNDING = 32
@@ -26,7 +30,7 @@ ROUNDING = 32
 
 @update("hessian")
 def swap(group: list[Rows], statistics: Statistics) -> list[tuple[Tensor, Mask]]:
-    """Exchange p for q in a comparison group where a_ip + b_kq (- 2 W_ip W_iq H_pq if i = k) is least, while it is < 0."""
+    """Exchange W_ip for W_kq of its group where a_ip + b_kq (- 2 W_ip W_iq H_pq if i = k) is least, while it is < 0."""
     hessian = statistics.hessian()
     result = []
     for rows in group:
@@ -44,9 +48,7 @@ def swap_obs(
     damping, clip: those of obs.
     """
     hessian = statistics.hessian()
-    found = [
-        replace(rows, mask=exchanged(rows.weight, _fixed(rows), hessian.to(rows.weight.dtype))) for rows in group
-    ]
+    found = [replace(rows, mask=exchanged(rows.weight, _fixed(rows), hessian.to(rows.weight.dtype))) for rows in group]
     return obs(found, statistics, damping=damping, clip=clip)
 
 
@@ -70,7 +72,7 @@ def exchanged(weight: Tensor, mask: Mask, hessian: Tensor) -> Mask:
     size = mask.pattern.m if isinstance(mask.pattern, NM) else None
     # rows that no exchange joins are islands of their own
     joined = 1 if mask.axis == "in" else len(weight) if mask.axis == "layer" or size is None else size
-    layer = Layer(hessian, _bound(hessian), mask.axis, size)
+    layer = Layer(hessian, mask.axis, size)
     keep = mask.keep.clone()
     for w, kept in zip(weight.split(joined * ISLANDS), keep.split(joined * ISLANDS), strict=True):
         kept.copy_(_descended(layer, w.unflatten(0, (-1, joined)), kept.unflatten(0, (-1, joined))).flatten(0, 1))
@@ -82,15 +84,12 @@ class Layer:
     """What all rows of a layer share."""
 
     hessian: Tensor
-    bound: Tensor
-    """The largest |correlation| of each input with any other, `(in_features,)`."""
     axis: str
     size: int | None
     """M, or None where a group is a whole row, column or layer."""
 
 
-@dataclass(frozen=True)
-class Exchanges:
+class Exchanges(NamedTuple):
     """Candidates of each island, `(islands, n)`: which of its weights to prune, which to keep, and what E becomes."""
 
     out: Tensor
@@ -104,14 +103,6 @@ def _fixed(rows: Rows) -> Mask:
     return rows.mask
 
 
-def _bound(hessian: Tensor) -> Tensor:
-    """The largest |correlation| of each input with any other, `(in_features,)`; 0 of one that was never active."""
-    scale = hessian.diagonal().clamp_min(torch.finfo(hessian.dtype).tiny).rsqrt()
-    found = (hessian * scale * scale[:, None]).abs_()
-    found.diagonal().zero_()
-    return found.amax(0).clamp_max_(1)
-
-
 def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
     """Exchange in islands `(islands, rows, in_features)` until each is at an optimum; which weights are kept then."""
     found, hessian, n = keep.clone(), layer.hessian, weight.shape[-1]
@@ -123,38 +114,46 @@ def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
         force = 2 * w * pull
         cost = (energy + force).masked_fill_(~kept, torch.inf)  # a
         gain = (energy - force).masked_fill_(kept, torch.inf)  # b
-        one = _proposed(layer, w, cost, gain)
-        rows = one.out // n, one.into // n
-        good = _apart(one, rows, least.gather(1, rows[0]) + least.gather(1, rows[1]))
+        one = _proposed(layer, w, cost, gain, CANDIDATES)
+        good = _apart(one, least, n)
+        idle = ~good.any(1)
+        if idle.any() and layer.axis != "out" and layer.size is None:
+            other = _proposed(layer, w[idle], cost[idle], gain[idle], n)
+            good[idle] = _apart(other, least[idle], n)
+            for mine, theirs in zip(one, other, strict=True):
+                mine[idle] = theirs
         going = good.any(1)
         if not going.all():
             found[left[~going]] = kept[~going]
             left, w, kept, energy, pull, least, good = (x[going] for x in (left, w, kept, energy, pull, least, good))
-            one, rows = Exchanges(one.out[going], one.into[going], one.change[going]), tuple(r[going] for r in rows)
+            one = Exchanges(*(x[going] for x in one))
         island = good.nonzero()[:, 0]
-        for at, row, sign in ((one.out[good], rows[0][good], 1), (one.into[good], rows[1][good], -1)):
-            kept[island, row, at % n] = sign < 0
-            pull[island, row] += sign * w[island, row, at % n, None] * hessian[at % n]
+        for at, sign in ((one.out[good], 1), (one.into[good], -1)):
+            row, column = at // n, at % n
+            kept[island, row, column] = sign < 0
+            pull[island, row] += sign * w[island, row, column, None] * hessian[column]
     return found
 
 
-def _apart(one: Exchanges, rows: tuple[Tensor, Tensor], least: Tensor) -> Tensor:
+def _apart(one: Exchanges, least: Tensor, n: int) -> Tensor:
     """Which candidates gain enough and are the best of all that touch one of their rows: together they gain the sum."""
-    good = one.change < -least
+    rows = one.out // n, one.into // n
+    good = one.change < -least.gather(1, rows[0]) - least.gather(1, rows[1])
     if one.change.shape[1] == 1:
         return good
     place = one.change.argsort(dim=1, stable=True).argsort(dim=1)
-    first = place.new_full((len(place), int(max(r.max() for r in rows)) + 1), place.shape[1])
+    first = torch.full_like(least, place.shape[1], dtype=place.dtype)
     for row in rows:
         first = first.scatter_reduce(1, row, place, "amin")
     return good & (first.gather(1, rows[0]) == place) & (first.gather(1, rows[1]) == place)
 
 
-def _proposed(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor) -> Exchanges:
-    """The best exchange of each row or group of rows; where rows are joined in one island, many that may be made at once.
+def _proposed(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor, count: int) -> Exchanges:
+    """The best exchange of each row or group of rows; where all rows are one island, many that may be made at once.
 
     Args:
         w, cost, gain: W, a and b, `(islands, rows, in_features)`; a is infinite where pruned, b where kept.
+        count: how many candidates of a row are looked at, where its group is the whole of it.
     """
     n = w.shape[-1]
     if layer.axis == "out":
@@ -165,7 +164,7 @@ def _proposed(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor) -> Exchanges:
             return found
         best = found.change.argmin(1, keepdim=True)
         return Exchanges(*(x.gather(1, best) for x in (found.out, found.into, found.change)))
-    p, q, change = _within_rows(layer, *(x.flatten(0, 1) for x in (w, cost, gain)))
+    p, q, change = _within_rows(layer, *(x.flatten(0, 1) for x in (w, cost, gain)), count)
     if layer.axis == "in":
         return Exchanges(p[:, None], q[:, None], change[:, None])
     # the k-th cheapest row to lose a weight with the k-th best to regain one; the best of all where both are one row
@@ -179,34 +178,28 @@ def _proposed(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor) -> Exchanges:
     return Exchanges(out[None], into[None], torch.cat([change, across])[None])
 
 
-def _within_rows(
-    layer: Layer, w: Tensor, cost: Tensor, gain: Tensor, count: int = CANDIDATES
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best exchange inside each row `(rows, in_features)`: what to prune, what to keep, and the change; exact.
-
-    By |H_pq| <= c sqrt(H_pp H_qq), c the smaller of both bounds, a_p + b_q - 2 W_p W_q H_pq is at least
-    (a_p - c_p W_p^2 H_pp) + (b_q - c_q W_q^2 H_qq): beyond the `count` least of each no exchange is better than this
-    sum for the next ones.
-    """
-    n, hessian = w.shape[1], layer.hessian
-    if layer.size is not None or count >= n:
-        m = layer.size or n
-        blocks = hessian.unflatten(0, (-1, m)).unflatten(2, (-1, m)).diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (g, m, m)
+def _within_rows(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best exchange inside each row `(rows, in_features)`: what to prune, what to keep, and the change."""
+    hessian, m = layer.hessian, layer.size
+    if m is not None:
+        blocks = (
+            hessian.unflatten(0, (-1, m)).unflatten(2, (-1, m)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        )  # (g, m, m)
         a, b, v = (x.unflatten(1, (-1, m)) for x in (cost, gain, w))
         change = torch.addcmul(a[..., None] + b[..., None, :], v[..., None] * blocks, v[..., None, :], value=-2)
         best = change.flatten(1).min(1)
         group, pair = best.indices // m**2, best.indices % m**2
         return group * m + pair // m, group * m + pair % m, best.values
-    slack = w.square() * (hessian.diagonal() * layer.bound)
-    (low_a, p), (low_b, q) = ((x - slack).topk(count + 1, 1, largest=False) for x in (cost, gain))
-    next_a, next_b, p, q = low_a[:, count], low_b[:, count], p[:, :count], q[:, :count]
-    change = cost.gather(1, p)[:, :, None] + gain.gather(1, q)[:, None]
-    product = w.gather(1, p)[:, :, None] * w.gather(1, q)[:, None]
-    change = torch.addcmul(change, product, hessian[p[:, :, None], q[:, None]], value=-2)
-    best = change.flatten(1).min(1)
-    found = [x.gather(1, at[:, None])[:, 0] for x, at in ((p, best.indices // count), (q, best.indices % count))]
-    missed = torch.minimum(next_a + low_b[:, 0], low_a[:, 0] + next_b) < best.values.clamp_max(0)
-    if missed.any():
-        better = _within_rows(layer, w[missed], cost[missed], gain[missed], 4 * count)
-        found[0][missed], found[1][missed], best.values[missed] = better
-    return found[0], found[1], best.values
+    # as many as the row with the most has, so that with count = in_features all pairs are there
+    (a, p), (b, q) = (
+        x.topk(min(count, int((x < torch.inf).sum(1).max())), 1, largest=False, sorted=False) for x in (cost, gain)
+    )
+    v, u, found = w.gather(1, p), w.gather(1, q), []
+    step = max(1, PAIRS // max(1, p.shape[1] * q.shape[1]))
+    for at in range(0, len(w), step):
+        i = slice(at, at + step)
+        pairs = hessian[p[i, :, None], q[i, None, :]]
+        change = torch.addcmul(a[i, :, None] + b[i, None, :], pairs.mul_(v[i, :, None]), u[i, None, :], value=-2)
+        found.append(change.flatten(1).min(1))
+    change, index = (torch.cat(part) for part in zip(*found, strict=True))
+    return p.gather(1, index[:, None] // q.shape[1])[:, 0], q.gather(1, index[:, None] % q.shape[1])[:, 0], change

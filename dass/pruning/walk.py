@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
-from dass.pruning.adaptive import AdaptivePruner, Outputs
+from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import Block, Hold, resident
 from dass.pruning.calls import Activations, Call, enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
+from dass.pruning.outputs import Outputs
 from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
 
@@ -154,18 +155,28 @@ def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]
 
 
 def _outputs(
-    activations: Activations | None, index: int, block: Block, mixed: list[Any] | None, share: float = 1.0
+    activations: Activations | None,
+    index: int,
+    block: Block,
+    mixed: list[Any] | None,
+    share: float = 1.0,
+    sequences: range | None = None,
 ) -> Iterator[Tensor]:
     """The block's outputs on what enters it, batch by batch; the mixer is replayed where its outputs were kept."""
     if activations is None:
         return
-    wanted = math.ceil(share * sum(map(len, activations.batches)))  # sequences: batches differ from device to device
+    # counted in sequences: batches differ from device to device
+    wanted = sequences or range(math.ceil(share * sum(map(len, activations.batches))))
+    dtype, first = block.units[0].projections["up"].weight.dtype, 0
     for i, (hidden, call) in enumerate(_each(activations, index)):
-        if wanted <= 0:
-            return
+        own = range(max(wanted.start - first, 0), min(wanted.stop - first, len(hidden)))
+        first += len(hidden)
+        if not own:
+            continue
         output = mixed[i] if mixed is not None else None
         replay = replaced_forward(block.mixer, lambda *_, output=output, **__: output) if output is not None else None
+        if hidden.dtype != dtype:  # its MLPs are being trained
+            hidden, call = hidden.to(dtype), call.in_dtype(dtype)
         with replay or nullcontext():
             result = call(block, hidden)
-        yield result[:wanted]
-        wanted -= len(hidden)
+        yield result[own.start : own.stop]

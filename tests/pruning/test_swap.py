@@ -69,12 +69,13 @@ def descend(x, weight, mask):
 
 
 @pytest.mark.parametrize(("pattern", "axis"), CASES, ids=str)
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("count", [1, 32])
 def test_no_exchange_is_left_that_lowers_the_error(pattern, axis, count, monkeypatch):
     monkeypatch.setattr(module, "ISLANDS", 3)
-    monkeypatch.setattr(module._within_rows, "__defaults__", (count,))
+    monkeypatch.setattr(module, "CANDIDATES", count)
+    monkeypatch.setattr(module, "PAIRS", 1000)
     for seed in range(2):
-        x, weight, hessian = problem(seed)
+        x, weight, hessian = problem(seed, 8, 16)
         mask = select_mask(weight.abs(), pattern, axis)
         found = exchanged(weight, mask, hessian)
         verify_mask(found)
@@ -94,8 +95,8 @@ def test_the_optimum_is_that_of_the_best_exchanges_by_brute_force(pattern, axis)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_error_never_rises(axis, dtype):
     """Also from a mask at an optimum, with inputs that are nearly one or never active, and in fp32."""
-    for seed, pattern in itertools.product(range(4), (NM(2, 4), Unstructured(0.5))):
-        x, weight, _ = problem(seed, 32, 32, dtype)
+    for seed, pattern in enumerate((NM(2, 4), Unstructured(0.5))):
+        x, weight, _ = problem(seed, 16, 16, dtype)
         x[:, 1], x[:, 2] = x[:, 0] * 1.0001, 0
         wide, hessian = x.double(), x.T @ x
         mask = select_mask(weight.abs() * x.norm(dim=0), pattern, axis)
@@ -125,13 +126,14 @@ def test_an_exchange_of_two_rows_changes_the_error_by_the_sum_of_both():
 )
 def test_in_a_model_swap_lowers_the_error_of_a_mask_and_obs_lowers_that(criterion, axis, pattern):
     tokens, errors, masks, x = random_tokens(12), {}, {}, []
-    dense = tiny_model(dtype=torch.float64)
+    dense = tiny_model(dtype=torch.float64, num_hidden_layers=1)
     dense.model.layers[0].mlp.register_forward_pre_hook(lambda m, given: x.append(given[0].flatten(0, 1)))
     dense(tokens)
     for update in ("none", "swap", "swap_obs"):
-        model = tiny_model(dtype=torch.float64)
+        model = tiny_model(dtype=torch.float64, num_hidden_layers=1)
         roles = {"gate": axis, "up": axis, "down": "in"}
-        masks[update] = prune_model(model, BlockPruner(Method(criterion, roles, pattern, update)), tokens)
+        pruner = BlockPruner(Method(criterion, roles, pattern, update), exclude="gate|down")
+        masks[update] = prune_model(model, pruner, tokens)
         for name, mask in masks[update].items():
             verify_mask(mask, name)
             assert (model.get_parameter(f"{name}.weight")[~mask.keep] == 0).all()
