@@ -112,12 +112,13 @@ def mlp(
     steps = epochs * len(dense.dense)
     if not steps or not parameters:
         return
+    before = [p.requires_grad for p in parameters.values()]
+    for p in parameters.values():
+        p.requires_grad_(True)
     hooks = [p.register_hook(masks[place].mul) for place, p in parameters.items()]  # where pruned, it stays an exact 0
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     best, least, idle = _copies(parameters.values()), dense.error, 0
-    for p in parameters.values():
-        p.requires_grad_(True)
     try:
         for _ in range(epochs):
             with torch.enable_grad():
@@ -137,8 +138,8 @@ def mlp(
     finally:
         for hook in hooks:
             hook.remove()
-        for p in parameters.values():
-            p.requires_grad_(False)
+        for p, wanted_gradient in zip(parameters.values(), before, strict=True):
+            p.requires_grad_(wanted_gradient)
         _put(parameters.values(), best)
 
 

@@ -28,37 +28,45 @@ ROUNDING = 32
 """An exchange must gain more than so many times the rounding of the error of its rows."""
 
 
-@update("hessian")
-def swap(group: list[Rows], statistics: Statistics) -> list[tuple[Tensor, Mask]]:
-    """Exchange W_ip for W_kq of its group where a_ip + b_kq (- 2 W_ip W_iq H_pq if i = k) is least, while it is < 0."""
+@update("hessian", positive=("exchanges",))
+def swap(group: list[Rows], statistics: Statistics, exchanges: int = 1000) -> list[tuple[Tensor, Mask]]:
+    """Exchange W_ip for W_kq of its group where a_ip + b_kq (- 2 W_ip W_iq H_pq if i = k) is least, while it is < 0.
+
+    exchanges: of each row, at most, in the mean over the rows that they join; as a rule there are far fewer.
+    """
     hessian = statistics.hessian()
     result = []
     for rows in group:
-        mask = exchanged(rows.weight, _fixed(rows), hessian.to(rows.weight.dtype))
+        mask = exchanged(rows.weight, _fixed(rows), hessian.to(rows.weight.dtype), exchanges)
         result.append((rows.weight.masked_fill_(~mask.keep, 0), mask))
     return result
 
 
-@update("hessian", positive=("damping",))
+@update("hessian", positive=("exchanges", "damping"))
 def swap_obs(
-    group: list[Rows], statistics: Statistics, damping: float = 0.01, clip: bool = False
+    group: list[Rows], statistics: Statistics, exchanges: int = 1000, damping: float = 0.01, clip: bool = False
 ) -> list[tuple[Tensor, Mask]]:
     """`swap`, then `obs` on the mask that it found.
 
+    exchanges: that of swap.
     damping, clip: those of obs.
     """
     hessian = statistics.hessian()
-    found = [replace(rows, mask=exchanged(rows.weight, _fixed(rows), hessian.to(rows.weight.dtype))) for rows in group]
+    found = [
+        replace(rows, mask=exchanged(rows.weight, _fixed(rows), hessian.to(rows.weight.dtype), exchanges))
+        for rows in group
+    ]
     return obs(found, statistics, damping=damping, clip=clip)
 
 
-def exchanged(weight: Tensor, mask: Mask, hessian: Tensor) -> Mask:
+def exchanged(weight: Tensor, mask: Mask, hessian: Tensor, most: int = 1000) -> Mask:
     """The mask after exchanges in its comparison groups, none of which lowers ||X (W - W')^T||^2 any more.
 
     Args:
         weight: W, dense, `(out_features, in_features)`, fp32 or fp64.
         mask: which weights are kept; its axis is `in`, `out` or `layer`.
         hessian: X^T X up to a factor, `(in_features, in_features)`, of the weight's dtype.
+        most: exchanges of a row, in the mean over the rows that they join.
 
     Raises:
         DassError: a mask with groups of another kind.
@@ -72,7 +80,7 @@ def exchanged(weight: Tensor, mask: Mask, hessian: Tensor) -> Mask:
     size = mask.pattern.m if isinstance(mask.pattern, NM) else None
     # rows that no exchange joins are islands of their own
     joined = 1 if mask.axis == "in" else len(weight) if mask.axis == "layer" or size is None else size
-    layer = Layer(hessian, mask.axis, size)
+    layer = Layer(hessian, mask.axis, size, most)
     keep = mask.keep.clone()
     for w, kept in zip(weight.split(joined * ISLANDS), keep.split(joined * ISLANDS), strict=True):
         kept.copy_(_descended(layer, w.unflatten(0, (-1, joined)), kept.unflatten(0, (-1, joined))).flatten(0, 1))
@@ -87,6 +95,8 @@ class Layer:
     axis: str
     size: int | None
     """M, or None where a group is a whole row, column or layer."""
+    most: int
+    """Exchanges of a row, in the mean over those of its island."""
 
 
 class Exchanges(NamedTuple):
@@ -109,6 +119,7 @@ def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
     left, w, kept = torch.arange(len(weight), device=weight.device), weight, keep.clone()
     energy = w.square() * hessian.diagonal()
     pull = w.masked_fill(kept, 0) @ hessian  # G
+    made = torch.zeros_like(left)
     least = ROUNDING * torch.finfo(w.dtype).eps * (w.masked_fill(kept, 0) * pull).sum(-1).clamp_min_(0)
     while len(left):
         force = 2 * w * pull
@@ -122,11 +133,14 @@ def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
             good[idle] = _apart(other, least[idle], n)
             for mine, theirs in zip(one, other, strict=True):
                 mine[idle] = theirs
-        going = good.any(1)
+        going = good.any(1) & (made < layer.most * w.shape[1])
         if not going.all():
             found[left[~going]] = kept[~going]
-            left, w, kept, energy, pull, least, good = (x[going] for x in (left, w, kept, energy, pull, least, good))
-            one = Exchanges(*(x[going] for x in one))
+            left, w, kept, energy, pull, least, made, good, *one = (
+                x[going] for x in (left, w, kept, energy, pull, least, made, good, *one)
+            )
+            one = Exchanges(*one)
+        made += good.sum(1)
         island = good.nonzero()[:, 0]
         for at, sign in ((one.out[good], 1), (one.into[good], -1)):
             row, column = at // n, at % n

@@ -144,6 +144,15 @@ def test_in_a_model_swap_lowers_the_error_of_a_mask_and_obs_lowers_that(criterio
     assert errors["swap_obs"] < errors["swap"] < errors["none"]
 
 
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_so_many_exchanges_of_a_row_at_most(axis):
+    _, weight, hessian = problem()
+    mask = select_mask(weight.abs(), NM(2, 4), axis)
+    changed = [(exchanged(weight, mask, hessian, most).keep != mask.keep).sum(1) for most in (1, 1000)]
+    assert changed[0].max() <= 2 * (1 if axis == "in" else 4) and changed[0].sum() < changed[1].sum()
+    assert changed[0].sum() <= 2 * len(weight)
+
+
 def test_groups_that_it_does_not_know():
     _, weight, hessian = problem()
     mask = select_mask(weight.abs(), Unstructured(0.5), "layer")
