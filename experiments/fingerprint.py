@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dass import hub
 from dass.checkpoint import model_contents
@@ -30,6 +30,9 @@ from dass.records import identity_of
 from dass.training.tiny import recipe_identity, trained_model
 from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
+
+Settings = TypeVar("Settings", bound=Any)
+"""Of an app that reads a model, a calibration and an evaluation, such as `PruneConfig`."""
 
 
 def fingerprint_of(config: PruneConfig, pruners: Mapping[str, Pruner], dtype: str) -> Fingerprint:
@@ -57,7 +60,7 @@ def assembled(
     return Fingerprint(parts)
 
 
-def pinned(config: PruneConfig, calibrates: bool) -> PruneConfig:
+def pinned(config: Settings, calibrates: bool) -> Settings:
     """The settings without what is only known outside of them.
 
     A commit stands in the place of each branch of the hub that is read, as it may move meanwhile, and where nothing

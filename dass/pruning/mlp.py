@@ -96,7 +96,7 @@ def mlp(
     dense: Reference,
     sequences: int = 16,
     epochs: int = 8,
-    learning_rate: float = 0.0005,
+    learning_rate: float = 0.003,
 ) -> None:
     """min ||Y' - Y||^2 over the kept weights of gate, up and down, Y what the dense MLPs gave (AdamW, fp32).
 
