@@ -180,6 +180,8 @@ class Projection(Part):
     sparsity: Share
     pattern: str | None = None
     order: str | None = None
+    mlp_error_before: NotNegative | None = None  # of its block's MLPs on held-out calibration tokens, relative; where
+    mlp_error_after: NotNegative | None = None  # they were trained by the update mlp
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -8,7 +8,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from dass.names import unknown
 from experiments.bounds import PATHS
 
-OPTIONAL = ("experiment", "scale")  # groups of which Hydra needs no option
+OPTIONAL = ("experiment", "scale", "update")  # groups of which Hydra needs no option
 SWEEPING = {"-m", "--multirun", "--cfg", "-c", "--help", "--hydra-help", "--info"}
 ELSEWHERE = ("hydra.searchpath=", "--config-dir", "-cd", "--config-path", "-cp")  # where there may be more options
 PLAIN = re.compile(r"[\w./+-]*", re.ASCII)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dass import hub
 from dass.checkpoint import model_contents
@@ -30,6 +30,9 @@ from dass.records import identity_of
 from dass.training.tiny import recipe_identity, trained_model
 from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
+
+Settings = TypeVar("Settings", bound=Any)
+"""Of an app that reads a model, a calibration and an evaluation, such as `PruneConfig`."""
 
 
 def fingerprint_of(config: PruneConfig, pruners: Mapping[str, Pruner], dtype: str) -> Fingerprint:
@@ -57,7 +60,7 @@ def assembled(
     return Fingerprint(parts)
 
 
-def pinned(config: PruneConfig, calibrates: bool) -> PruneConfig:
+def pinned(config: Settings, calibrates: bool) -> Settings:
     """The settings without what is only known outside of them.
 
     A commit stands in the place of each branch of the hub that is read, as it may move meanwhile, and where nothing
@@ -126,9 +129,9 @@ def model_identity(model: ModelConfig, contents: str | None = None) -> dict[str,
 def code_of(function: Callable[..., Any]) -> str:
     """16 hex digits for the code of a function and of what it calls in its own module, without comments and words.
 
-    Who edits an equation gets another run; who edits a docstring does not.
+    Who edits an equation gets another run; who edits a docstring does not. An update that calls another one follows it.
     """
-    module, sources, waiting = inspect.getmodule(function), {}, [function]
+    sources, waiting, updates = {}, [function], [entry.function for entry in UPDATES.values()]
     while waiting:
         one = waiting.pop()
         tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
@@ -137,9 +140,9 @@ def code_of(function: Callable[..., Any]) -> str:
                 node.body = node.body[1:]
         sources[one.__qualname__] = ast.unparse(tree)
         for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
-            used = getattr(module, name, None)
-            if inspect.isfunction(used) and used.__module__ == function.__module__ and used.__qualname__ not in sources:
-                waiting.append(used)
+            used = getattr(inspect.getmodule(one), name, None)
+            if inspect.isfunction(used) and (used.__module__ == one.__module__ or used in updates):
+                waiting += [used] * (used.__qualname__ not in sources)
             elif isinstance(used, int | float | str):
                 sources[name] = repr(used)
     return identity_of(sources)

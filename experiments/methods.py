@@ -52,7 +52,8 @@ def compared(config: PruneConfig, methods: Sequence[Any]) -> dict[str, BlockPrun
 def _adaptive(config: PruneConfig, candidates: Any) -> AdaptivePruner:
     """The choice between methods."""
     words = dict(config.method)
-    shared = {key: words.pop(key) for key in ("order", "order_seed", "update", "exclude") if key in words}
+    names = ("order", "order_seed", "update", "exclude", *UPDATES.find(str(words.get("update", "none"))).parameters())
+    shared = {key: words.pop(key) for key in names if key in words}
     share = words.pop("share", 0.25)
     if others := set(words) - {"name", "candidates"}:
         raise DassError(f"method.{min(others)} has no effect where candidates are chosen from: set it in one of them.")

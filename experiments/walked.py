@@ -21,6 +21,7 @@ from dass.pruning.blocks import MLP_ROLES, ROLES, Block, resident
 from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs
 from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import Pruned
+from dass.pruning.update import UPDATES
 from dass.pruning.walk import Step, walk
 from dass.resume import Kept
 from dass.saving import rounding
@@ -89,6 +90,8 @@ def prune(
     if config.calibration.min_expert_tokens is not None and not any(u.routed for block in blocks for u in block.units):
         print("note: calibration.min_expert_tokens has no effect: the model has no experts", file=sys.stderr)
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
+    if any(UPDATES.find(pruner.method.update).whole for pruner in pruners):
+        size = 1  # each batch is a step of the training
     walked = Walked(batch_size=size)
     needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
     start = _goes_on(walked, blocks, shelf, kept, config.masks is not None)
@@ -199,6 +202,8 @@ def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_mask
             walked.projections[name]["order"] = order
         if one.chosen is not None:
             walked.projections[name]["chosen"] = one.chosen
+        if one.mlp_error is not None:
+            walked.projections[name] |= dict(zip(("mlp_error_before", "mlp_error_after"), one.mlp_error, strict=True))
         if one.damping is not None:
             walked.projections[name] |= {"damping": one.damping, "damping_attempts": one.damping_attempts}
         if keep_masks:

@@ -15,6 +15,7 @@ from report import figures, rows
 from report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
 from report.grid import MISSING, Grid
 from report.orders import order_figure, order_frame, order_grid, variance_grid
+from report.repair import UPDATES, repair_figure, repair_frame, repair_grids
 from report.runs import Run, frame_of
 from report.tables import cells_of
 from report.words import calibration_words, entries_of, facts_of, model_words
@@ -67,6 +68,14 @@ def perplexity(material: Material) -> Report:
 def update(material: Material) -> Report:
     """A method's mask with the repair of the weights, compared with the same mask without it."""
     return _compared(material, figures.perplexity_figure, "Δ loss by the update", lambda options: {"update": "none"})
+
+
+@kind
+def repair(material: Material) -> Report:
+    """What each repair of mask or weights leaves of the differences between criteria."""
+    frame = repair_frame(cells_of(material.runs))
+    has_result = any(run.losses for update in UPDATES for run in frame[update] if run)
+    return Report(repair_grids(frame), (lambda: repair_figure(frame)) if has_result else None, frame_of(material.runs))
 
 
 @kind

@@ -1,8 +1,7 @@
 """Choose between methods by the error of the whole MLP: no rule in advance tells which one suits a unit."""
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from dass.errors import DassError
 from dass.pruning.blocks import Block, Projection, Unit
 from dass.pruning.method import Method
+from dass.pruning.mlp import reconstructed
+from dass.pruning.outputs import Outputs, squared_error
 from dass.pruning.pruner import BlockPruner, Needs, Pruned
 from dass.pruning.statistics import Streams
-
-Outputs = Callable[[float], Iterator[Tensor]]
-"""Runs a block with its weights as they are on this share of its sequences; gives its outputs batch by batch."""
+from dass.pruning.update import UPDATES
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,9 @@ class AdaptivePruner:
         Raises:
             DassError: what `BlockPruner.prune` raises.
         """
+        if UPDATES.find(self.method.update).whole:  # of the winner alone: it takes its time
+            masking = replace(self, candidates={name: one.masking() for name, one in self.candidates.items()})
+            return reconstructed(self.method, self.first.stored, block, streams, outputs, masking.prune)
         dense = list(outputs(self.share))
         best: dict[str, tuple[float, dict[str, Tensor], list[Pruned]]] = {}
         for unit in block.units:
@@ -98,19 +100,6 @@ class AdaptivePruner:
                 pruned += best[unit.name][2]
         rest = replace(block, units=())
         return pruned + (self.first.prune(rest, streams) if self.first.projections(rest) else [])
-
-
-def squared_error(dense: list[Tensor], outputs: Iterator[Tensor]) -> float:
-    """||Y' - Y||^2 over the outputs of a block; infinite where it is no number, so that no candidate wins by that.
-
-    The batches of Y' may be smaller than those of Y, where the memory of the device did not suffice.
-    """
-    parts, left = [], list(dense)
-    for one in outputs:
-        whole = left.pop(0)
-        left[:0] = [whole[len(one) :]] if len(one) < len(whole) else []
-        parts.append((one.float() - whole[: len(one)].float()).square().sum())
-    return float(torch.stack(parts).sum().nan_to_num(nan=math.inf, posinf=math.inf))
 
 
 def _weights(unit: Unit) -> dict[str, Tensor]:

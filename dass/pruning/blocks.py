@@ -1,9 +1,12 @@
 """A decoder block: attention and one or more MLP units, each a set of views on the block's parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 MLP_ROLES = ("gate", "up", "down")
@@ -97,6 +100,16 @@ class Block:
 def resident(_: Block) -> AbstractContextManager[None]:
     """A `Hold` of a model that is in memory as a whole."""
     return nullcontext()
+
+
+def kept_of_parameters(kept: Iterable[tuple[Projection, Tensor]]) -> dict[tuple[nn.Module, str], Tensor]:
+    """From the mask of each projection, bool, to that of each whole parameter, by the module and its name there."""
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for p, keep in kept:
+        whole = found.setdefault((p.module, p.parameter_name), torch.ones_like(p.parameter, dtype=torch.bool))
+        place: Any = SimpleNamespace(**{p.parameter_name: whole})
+        replace(p, module=place).weight.copy_(keep)
+    return found
 
 
 def mlp_names(blocks: list[Block]) -> list[str]:

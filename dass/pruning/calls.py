@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from dass.errors import DassError
@@ -32,6 +33,15 @@ class Call:
         """Run the block on hidden states `(batch, seq_len, d)`."""
         output = block.module(hidden, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple | list) else output
+
+    def in_dtype(self, dtype: torch.dtype) -> "Call":
+        """The same with its floating-point tensors in another dtype; itself where they are in this one."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        arguments, keywords = tree_map_only(Tensor, cast, (self.arguments, self.keywords))
+        return Call(arguments, keywords)
 
 
 @dataclass
@@ -202,6 +212,8 @@ def outputs_of(
     block: Block,
     smaller: Callable[[Activations, int], None],
     mixed: Parked | None = None,
+    wanted: range | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The outputs of block `index` on each batch, and the batch's number, which may be replaced by them.
 
@@ -209,21 +221,31 @@ def outputs_of(
         smaller: see `halve`; does it to the batches for which the memory of the device does not suffice.
         mixed: what the mixer returned for each batch, to be replayed; None where it runs again, and empty from where
             batches were halved.
+        wanted: sequences; batches with none of them are left out. None: all.
+        dtype: of the hidden states and of what else the block is given; None: as they are.
     """
-    i = 0
+    i = first = 0
     while i < len(activations.batches):
-        result = attempted(partial(_output, activations, index, block, mixed, i))
+        after = first + activations.batches.shapes[i][0]
+        if wanted is not None and not range(max(first, wanted.start), min(after, wanted.stop)):
+            i, first = i + 1, after
+            continue
+        result = attempted(partial(_output, activations, index, block, mixed, i, dtype))
         if result is None:
             if mixed is not None:
                 mixed.clear()
             smaller(activations, i)
         else:
             yield i, result
-            i += 1
+            i, first = i + 1, after
 
 
-def _output(activations: Activations, index: int, block: Block, mixed: Parked | None, i: int) -> Tensor:
+def _output(
+    activations: Activations, index: int, block: Block, mixed: Parked | None, i: int, dtype: torch.dtype | None
+) -> Tensor:
     call, hidden, output = activations.calls[i][index], activations.batches[i], mixed[i] if mixed else None
+    if dtype not in (None, hidden.dtype):
+        call, hidden = call.in_dtype(dtype), hidden.to(dtype)
     if block.mixer is None or output is None:
         return call(block, hidden)
     with replaced_forward(block.mixer, lambda *_, **__: output):

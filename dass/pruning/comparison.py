@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dass.errors import DassError
-from dass.pruning.adaptive import Outputs, squared_error
 from dass.pruning.blocks import ROLES, Block, Projection
+from dass.pruning.outputs import Outputs, added, squared_error
 from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
 
@@ -110,10 +110,10 @@ def compare_block(
     errors: ByRole = {}
     kept: ByRole = {}
     masks: dict[str, dict[str, Tensor]] = {}
-    added = _added(block, dense_outputs, outputs)
+    by_mlp = added(block, dense_outputs, lambda: outputs(SHARE))
     try:
         for name, pruner in pruners.items():
-            masks[name] = {one.projection.name: one.mask.keep for one in pruner.prune(block, streams)}
+            masks[name] = {one.projection.name: one.mask.keep for one in pruner.prune(block, streams, outputs)}
             pruned = [p for p in targets if p.name in masks[name]]
             lost = {
                 p.name: output_energy(dense[p.name].to(hessians[p.reads].dtype) - p.weight, hessians[p.reads])
@@ -129,7 +129,7 @@ def compare_block(
                 for role, names in by_role.items()
             }
             if any(p.name in masks[name] for p in mlp):
-                errors[name][WHOLE] = _quotient(moved, added)
+                errors[name][WHOLE] = _quotient(moved, by_mlp)
             kept[name] = {role: _mean([shares[n] for n in names]) for role, names in by_role.items()}
     finally:
         _put(dense, [*targets, *mlp])
@@ -218,20 +218,6 @@ def _spread(norms: list[Tensor]) -> tuple[float | None, float | None]:
     norm = torch.cat(norms)
     p10, p90 = torch.quantile(norm, norm.new_tensor([0.1, 0.9])).tolist()
     return _quotient(norm.std(correction=0).item(), norm.mean().item()), _quotient(p90, p10)
-
-
-def _added(block: Block, dense_outputs: list[Tensor], outputs: Outputs) -> float:
-    """||Y - Y_0||^2 of the outputs of a block, Y_0 without what its MLPs write."""
-    last = [unit.projections["down"] for unit in block.units]
-    written = [part for p in last for part in (p.weight, p.bias) if part is not None]
-    before = [part.clone() for part in written]
-    try:
-        for part in written:
-            part.zero_()
-        return squared_error(dense_outputs, outputs(SHARE))
-    finally:
-        for part, values in zip(written, before, strict=True):
-            part.copy_(values)
 
 
 def _mlp(block: Block) -> list[Projection]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dass.errors import DassError
+from dass.pruning import mlp, swap  # noqa: F401  (they register updates)
 from dass.pruning.blocks import ROLES
 from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import AXES, NM, Axis, Pattern, require_fitting

@@ -4,16 +4,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dass.errors import Answers, DassError, finite, require_all, require_finite
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
+from dass.pruning.criteria import CRITERIA
 from dass.pruning.masks import NM, Mask, keep_most_important, select_mask
 from dass.pruning.method import Method
+from dass.pruning.mlp import reconstructed
 from dass.pruning.order import ORDERS, Neurons, heads_of, move, reorder, seeded
+from dass.pruning.outputs import Outputs
 from dass.pruning.products import extent_of
 from dass.pruning.statistics import Statistics, Streams
 from dass.pruning.update import UPDATES, Choose, Rows
@@ -33,6 +36,8 @@ class Pruned:
     damping_attempts: int | None = None
     chosen: str | None = None
     """Which of several candidates pruned it, see `AdaptivePruner`."""
+    mlp_error: tuple[float, float] | None = None
+    """Of the MLPs of its block before and after they were trained, see `Reference.error`; None where they were not."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,12 @@ class BlockPruner:
     def storing(self, dtype: torch.dtype) -> "BlockPruner":
         """The same, whose weights will be rounded to `dtype`."""
         return replace(self, stored=dtype)
+
+    def masking(self) -> "BlockPruner":
+        """The same without its update."""
+        known = CRITERIA.find(self.method.criterion).parameters()
+        own = {name: value for name, value in self.method.parameters.items() if name in known}
+        return replace(self, method=replace(self.method, update="none", parameters=own))
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -113,16 +124,18 @@ class BlockPruner:
         return found
 
     @torch.no_grad()
-    def prune(self, block: Block, streams: Streams, outputs: Any = None) -> list[Pruned]:
+    def prune(self, block: Block, streams: Streams, outputs: Outputs | None = None) -> list[Pruned]:
         """Choose the masks of a block and set its weights, those of one input together.
 
-        What one method does depends on no outputs of the block, see `AdaptivePruner`.
+        Only updates of whole MLPs look at the outputs of the block.
         The host waits for the device before a weight is changed and at the end, and once more for each Hessian.
 
         Raises:
             DassError: scores or new weights that are not finite, or a Hessian that cannot be factorised; names the
                 layer.
         """
+        if UPDATES.find(self.method.update).whole:
+            return reconstructed(self.method, self.stored, block, streams, outputs, self.masking().prune)
         by_input: dict[str, list[Projection]] = {}
         for p in self.projections(block):
             by_input.setdefault(p.reads, []).append(p)

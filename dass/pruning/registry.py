@@ -25,6 +25,8 @@ class Entry:
     """Other fields for certain roles."""
     positive: tuple[str, ...]
     """Parameters that must be above 0."""
+    whole: bool = False
+    """Whether an update works on the MLPs of a pruned block together, rather than on the projections of one input."""
 
     def needs_for(self, role: str) -> set[str]:
         """The fields of `Statistics` that it reads for a projection of this role."""
@@ -63,13 +65,14 @@ class Registry(dict[str, Entry]):
         self.what, self.leading = what, leading
 
     def register(
-        self, *needs: str, positive: tuple[str, ...] = (), **needs_of_role: tuple[str, ...]
+        self, *needs: str, positive: tuple[str, ...] = (), whole: bool = False, **needs_of_role: tuple[str, ...]
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorate a function to add it under its own name.
 
         Args:
             needs: the fields of `Statistics` that the function reads.
             positive: its parameters that must be above 0.
+            whole: see `Entry`.
             needs_of_role: other fields for certain roles, such as `gate=("intermediate_norm",)`.
 
         Raises:
@@ -82,7 +85,7 @@ class Registry(dict[str, Entry]):
                     f"The {self.what} {function.__name__} needs {name}, which is no statistic: the statistics are "
                     f"{', '.join(STATISTICS)}."
                 )
-            entry = Entry(function, needs, needs_of_role, positive)
+            entry = Entry(function, needs, needs_of_role, positive, whole)
             wrong = [
                 p.name
                 for p in list(inspect.signature(function).parameters.values())[self.leading :]

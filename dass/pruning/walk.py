@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.memory import Halved, attempted, note_halved
-from dass.pruning.adaptive import AdaptivePruner, Outputs
+from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import Block, Hold, resident
 from dass.pruning.calls import Activations, Call, enter_first_block, halve, outputs_of
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
+from dass.pruning.outputs import Outputs
 from dass.pruning.parked import Parked
 from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
@@ -181,14 +182,15 @@ def _outputs(
     smaller: Callable[[Activations, int], None],
     mixed: Parked | None,
     share: float = 1.0,
+    sequences: range | None = None,
 ) -> Iterator[Tensor]:
     """The block's outputs on what enters it, batch by batch; the mixer is replayed where its outputs were kept."""
     if activations is None:
         return
-    n_sequences = sum(shape[0] for shape in activations.batches.shapes)
-    wanted = math.ceil(share * n_sequences)  # sequences: batches differ from device to device
-    for _, result in outputs_of(activations, index, block, smaller, mixed):
-        yield result[:wanted]
-        wanted -= len(result)
-        if wanted <= 0:
-            return
+    shapes = activations.batches.shapes
+    # counted in sequences: batches differ from device to device
+    wanted = sequences or range(math.ceil(share * sum(shape[0] for shape in shapes)))
+    dtype = block.units[0].projections["up"].weight.dtype  # another one while its MLPs are being trained
+    for i, result in outputs_of(activations, index, block, smaller, mixed, wanted, dtype):
+        first = sum(shape[0] for shape in activations.batches.shapes[:i])
+        yield result[max(wanted.start - first, 0) : wanted.stop - first]

@@ -1,0 +1,161 @@
+"""Masked continued training: python -m experiments.finetune model=smollm2_135m masks=DIR save_model=tuned."""
+
+import copy
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
+
+from dass.claims import claimed
+from dass.data.calibration import calibration_tokens
+from dass.data.tokens import require_in_vocabulary, require_positions
+from dass.errors import DassError
+from dass.evaluation import door
+from dass.folders import is_saved, require_own_folder
+from dass.models import DTYPES, load_model, load_tokenizer, resolve_device, resolve_dtype
+from dass.pruning.layout import find_blocks
+from dass.records import code_sha256, file_sha256, identity_of, machine_description, package_versions, require_writable
+from dass.saving import model_card, save_model, source_licence
+from dass.sparsity import MASKS_FILE, apply_masks, read_masks
+from dass.tracking import Mirror, track
+from dass.training.masked import Recipe, kept_weights, train
+from experiments.app import run_app, typed
+from experiments.bounds import require_plain
+from experiments.fingerprint import model_identity, pinned, source_of, text_identity
+from experiments.outputs import command_of
+from experiments.public import public
+from experiments.resolve import MODEL_SOURCES
+from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, TrackingConfig
+
+
+@dataclass
+class FinetuneConfig:
+    """conf/finetune.yaml."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    finetune: Recipe = field(default_factory=Recipe)
+    masks: str | None = None
+    save_model: str | None = None
+    teacher: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    debug: bool = False
+
+
+ConfigStore.instance().store(name="finetune_schema", node=FinetuneConfig)
+
+
+def main(config: DictConfig) -> None:
+    """Train, tell the loss at each evaluation, and save the model; what is done already is skipped."""
+    composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
+    require_plain(composed)
+    plain = typed(FinetuneConfig, composed)
+    folder = _checked(plain)
+    plain = pinned(plain, True)
+    hidden: dict[str, Any] = {part: text_identity(part, getattr(plain, part)) for part in ("calibration", "evaluation")}
+    hidden |= {
+        "model": model_identity(plain.model),
+        "masks": plain.masks and file_sha256(Path(plain.masks) / MASKS_FILE),
+    }
+    given = {name: asdict(getattr(plain, name)) for name in ("calibration", "evaluation", "finetune")}
+    for part in ("calibration", "evaluation"):
+        del given[part]["path"]
+    given |= {"dtype": plain.model.dtype, "teacher": plain.teacher, "seed": plain.seed}
+    run_id = identity_of({"hidden": hidden, "given": given})
+    if is_saved(folder, run_id):
+        print(f"{folder}: already done, skipping")
+        return
+    require_own_folder(folder)
+    beside = folder.parent / f".{folder.name}.training"
+    with (
+        claimed(folder.parent / f".{folder.name}.claim"),
+        track(**vars(plain.tracking), run_id=run_id, config=public(composed)) as mirror,
+    ):
+        tune(plain, folder, beside, run_id, mirror)
+    shutil.rmtree(beside)
+
+
+def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror: Mirror) -> None:
+    """Read text, model and masks, train, and write the folder; texts are checked before the model is loaded."""
+    source, revision = source_of(config.model), config.model.revision
+    device, stored = resolve_device(config.device), resolve_dtype(config.model.dtype, source, revision)
+    tokenizer = load_tokenizer(source, revision)
+    drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
+    sequences = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
+    evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
+    model = load_model(source, revision, "float32", device)
+    for what, tokens in (("The training tokens", sequences), ("The evaluation windows", evaluation.windows)):
+        require_in_vocabulary(tokens, model.get_input_embeddings().weight.shape[0], what)
+        require_positions(model, tokens.shape[1], what)
+    teacher = _teacher(config, model, device)
+    if config.masks is not None:
+        apply_masks(model, read_masks(Path(config.masks))[0], config.model.projections)
+    keep = kept_weights(find_blocks(model, config.model.projections))
+
+    def judge(step: int) -> dict[str, Any]:
+        (metric,), losses = door.evaluate(evaluation, model)
+        found = {"loss": sum(losses) / len(losses), "perplexity": metric["value"], "stderr": metric["stderr"]}
+        print(
+            f"step {step}: {metric['dataset']} loss {found['loss']:.4f}, perplexity {metric['value']:.4g}", flush=True
+        )
+        mirror.log({"step": step, "loss": found["loss"], "perplexity": metric["value"]})
+        return found
+
+    by = identity_of(
+        {"run": run_id, "machine": machine_description(device), "code": code_sha256()} | package_versions()
+    )
+    # products as the model's own dtype has them on a GPU, and as asked for on the CPU
+    products = DTYPES[stored] if config.model.dtype != "auto" or device.type == "cuda" else torch.float32
+    history = train(model, keep, sequences, config.finetune, judge, beside, by, teacher, products)
+    steps = {f"loss after {one['step']} steps": f"{one['loss']:.4f}" for one in history}
+    facts = {"training": ", ".join(f"{key}={value}" for key, value in vars(config.finetune).items())}
+    facts |= {"text": f"{config.calibration.name}, {len(sequences)} x {sequences.shape[1]} tokens"} | steps
+    name, licence = f"{config.model.name}, trained under its mask", source_licence(source, revision)
+    base = config.model.hub_id or config.model.name
+    command = command_of().replace("experiments.prune", "experiments.finetune")
+    save_model(model, folder, model_card(name, base, licence, command, facts), run_id, stored, source, revision)
+    print(f"{folder}: loss {history[0]['loss']:.4f} before, {history[-1]['loss']:.4f} after")
+
+
+def _checked(config: FinetuneConfig) -> Path:
+    """Where the model is to be saved; DassError where the settings mean nothing."""
+    given = [name for name in MODEL_SOURCES if getattr(config.model, name) is not None]
+    for fits, sentence in (
+        (len(given) == 1, f"model={config.model.name} must set one of {', '.join(MODEL_SOURCES)}; it sets {given}."),
+        (config.finetune.steps >= 1, f"finetune.steps={config.finetune.steps} trains nothing: give at least 1."),
+        (config.save_model is not None, "The trained model needs a folder: give `save_model=DIR`."),
+        (
+            config.evaluation.name != "none" and config.evaluation.name not in door.ZERO_SHOT,
+            f"evaluation={config.evaluation.name} gives no loss to judge by: choose a text.",
+        ),
+    ):
+        if not fits:
+            raise DassError(sentence)
+    folder = Path(str(config.save_model)).expanduser()
+    require_writable(folder.parent)
+    if config.masks is not None:
+        read_masks(Path(config.masks))  # before anything heavy is loaded
+    return folder
+
+
+def _teacher(config: FinetuneConfig, model: PreTrainedModel, device: torch.device) -> PreTrainedModel | None:
+    """The dense model, for `loss=distill`."""
+    if config.finetune.loss != "distill":
+        return None
+    if config.teacher is not None:
+        return load_model(str(Path(config.teacher).expanduser()), None, "float32", device)
+    if config.masks is None:
+        raise DassError("loss=distill of a pruned folder needs the dense model: give `teacher=DIR`.", "teacher")
+    return copy.deepcopy(model)
+
+
+if __name__ == "__main__":
+    run_app(main, "finetune")

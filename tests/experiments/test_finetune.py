@@ -1,0 +1,111 @@
+"""Masked continued training from end to end, on a tiny model: masks or a pruned folder, kill and resume, bad input."""
+
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dass.errors import DassError
+from dass.sparsity import read_masks
+from dass.training import masked
+from experiments import finetune as app
+from tests.experiments.test_prune import composed, run, setting  # noqa: F401  (a fixture)
+from tests.models import tiny_model
+
+STEPS = ["finetune.steps=4", "finetune.every=2", "finetune.batch=3", "finetune.warmup=1", "finetune.learning_rate=0.01"]
+
+
+@pytest.fixture
+def tuning(setting, tmp_path):  # noqa: F811
+    """The overrides of a training of a tiny model, whose masks are there."""
+    run(*setting, "method=wanda", f"masks={tmp_path / 'masks'}", f"save_model={tmp_path / 'pruned'}")
+    kept = [one for one in setting if not one.startswith("results_dir")]
+    return [*kept, "calibration.n_sequences=6", *STEPS, f"save_model={tmp_path / 'tuned'}"]
+
+
+def tune(*overrides):
+    app.main(composed(*overrides, name="finetune"))
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_masks_or_a_pruned_folder_give_the_same_and_keep_their_zeros(tuning, tmp_path, capsys):
+    tune(*tuning, f"masks={tmp_path / 'masks'}")
+    said = capsys.readouterr().out
+    assert "step 0: " in said and "step 4: " in said and "before" in said
+    tuned = weights(tmp_path / "tuned")
+    masks, _ = read_masks(tmp_path / "masks")
+    assert len(masks) == 9
+    for name, mask in masks.items():
+        weight = tuned[f"{name}.weight"]
+        assert (weight[~mask.keep] == 0).all() and (weight[mask.keep] != 0).float().mean() > 0.99
+    tune(*tuning, f"model.path={tmp_path / 'pruned'}", f"save_model={tmp_path / 'again'}")
+    again = weights(tmp_path / "again")
+    assert all(torch.equal(one, again[name]) for name, one in tuned.items())
+    assert "loss after 4 steps" in (tmp_path / "tuned" / "README.md").read_text()
+    assert not list(tmp_path.glob(".*training"))
+    capsys.readouterr()
+    tune(*tuning, f"masks={tmp_path / 'masks'}")
+    assert "already done" in capsys.readouterr().out
+
+
+def test_killed_it_goes_on_to_the_same_weights(tuning, tmp_path, monkeypatch, capsys):
+    given = [*tuning, f"masks={tmp_path / 'masks'}"]
+    tune(*given)
+    original = masked._step
+    seen = []
+
+    def killed(*arguments):
+        seen.append(1)
+        return original(*arguments) if len(seen) < 4 else sys.exit(1)
+
+    monkeypatch.setattr(masked, "_step", killed)
+    other = [f"save_model={tmp_path / 'other'}"]
+    with pytest.raises(SystemExit):
+        tune(*given, *other)
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(masked, "_step", original)
+    tune(*given, *other)
+    assert "goes on behind step 2" in capsys.readouterr().err
+    one, two = weights(tmp_path / "tuned"), weights(tmp_path / "other")
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def test_distillation_needs_a_dense_model(tuning, tmp_path):
+    tune(*tuning, f"masks={tmp_path / 'masks'}", "finetune.loss=distill")
+    pruned = [f"model.path={tmp_path / 'pruned'}", "finetune.loss=distill", f"save_model={tmp_path / 'again'}"]
+    with pytest.raises(DassError, match="needs the dense model: give `teacher=DIR`"):
+        tune(*tuning, *pruned)
+    tune(*tuning, *pruned, f"teacher={tmp_path / 'model'}")
+    one, two = weights(tmp_path / "tuned"), weights(tmp_path / "again")
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["finetune.steps=0"], "steps=0 trains nothing"),
+        (["finetune.batch=7"], "shorter than one batch of 7"),
+        (["finetune.learning_rate=1e30"], r"loss of step \d is (nan|inf)|mean loss is|not finite"),
+        (["finetune.loss=kl"], "loss=kl must be one of next, distill"),
+        (["evaluation=none"], "no loss to judge by"),
+        (["masks=null"], "No matrix of the model is pruned"),
+        (["save_model=null"], "give `save_model=DIR`"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_no_model(tuning, tmp_path, changes, says):
+    before = {path for path in tmp_path.iterdir() if "training" not in path.name}
+    with pytest.raises(DassError, match=says) as raised:
+        tune(*tuning, f"masks={tmp_path / 'masks'}", *changes)
+    assert len(str(raised.value).splitlines()) == 1
+    assert {path for path in tmp_path.iterdir() if "training" not in path.name} == before
+
+
+def test_masks_of_another_model(tuning, tmp_path):
+    tiny_model(intermediate_size=32).save_pretrained(tmp_path / "model")
+    with pytest.raises(DassError, match=r"fits no projection of this model"):
+        tune(*tuning, f"masks={tmp_path / 'masks'}")
+    assert not (tmp_path / "tuned").exists()

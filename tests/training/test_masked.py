@@ -1,0 +1,176 @@
+"""Training under a mask: exact zeros through everything, and the same weights whether or not it was killed."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, softmax
+
+from dass.errors import DassError
+from dass.pruning.layout import find_blocks
+from dass.pruning.masks import NM
+from dass.pruning.method import Method
+from dass.pruning.pruner import BlockPruner
+from dass.pruning.walk import prune_model
+from dass.saving import save_model
+from dass.training import masked
+from dass.training.masked import Recipe, kept_weights, train
+from tests.models import random_tokens, tiny_model
+
+ROLES = dict.fromkeys(("gate", "up", "down"), "in")
+QUICK = {"steps": 5, "batch": 4, "every": 2, "learning_rate": 0.01}
+
+
+def pruned_model(layout="llama", **changes):
+    model = tiny_model(layout, **changes).requires_grad_(False)
+    prune_model(model, BlockPruner(Method("magnitude", ROLES, NM(2, 4))))
+    return model
+
+
+def loss_of(model, step=0):
+    tokens = random_tokens(3, 24, seed=9)
+    logits = model(tokens, use_cache=False).logits[:, :-1]
+    return {"loss": cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).item()}
+
+
+def trained(folder, model=None, judge=None, teacher=None, dtype=torch.float32, **changes):
+    model = pruned_model() if model is None else model
+    recipe, keep = Recipe(**QUICK | changes), kept_weights(find_blocks(model))
+    judge = judge or (lambda step: loss_of(model))
+    history = train(model, keep, random_tokens(10, 24), recipe, judge, folder, "here", teacher, dtype)
+    return model, history, keep
+
+
+def zeros(model):
+    return [p.weight == 0 for block in find_blocks(model) for unit in block.units for p in unit.projections.values()]
+
+
+@pytest.mark.parametrize("layout", ["llama", "phi3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_stay_zeros_and_everything_else_learns(tmp_path, layout, dtype):
+    before = pruned_model(layout)
+    model, history, _ = trained(tmp_path / "state", copy.deepcopy(before), dtype=dtype)
+    assert all(map(torch.equal, zeros(model), zeros(before)))
+    assert [one["step"] for one in history] == [0, 2, 4, 5] and history[-1]["loss"] < history[0]["loss"]
+    assert model.state_dict().keys() == before.state_dict().keys()
+    save_model(model, tmp_path / "saved", "card", "f" * 16, "bfloat16")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    assert all(map(torch.equal, zeros(loaded), zeros(before)))
+    changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    assert sum(changed) > 0.8 * len(changed)
+
+
+def test_a_step_is_that_of_adamw_on_the_mean_loss(tmp_path):
+    """The first step by hand: without moments, each weight with a gradient moves by the rate against its sign."""
+    before = pruned_model()
+    model, _, keep = trained(tmp_path, copy.deepcopy(before), steps=1, learning_rate=1e-3, every=1)
+    by_hand = copy.deepcopy(before).requires_grad_(True)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))[:4]
+    tokens = random_tokens(10, 24)[order]
+    logits = by_hand(tokens, use_cache=False).logits[:, :-1]
+    cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    name = "model.layers.1.mlp.up_proj.weight"
+    moved = model.get_parameter(name) - before.get_parameter(name)
+    gradient = by_hand.get_parameter(name).grad
+    kept = before.get_parameter(name) != 0
+    torch.testing.assert_close(moved[kept], -1e-3 * gradient[kept].sign(), rtol=0.02, atol=1e-6)
+    assert (moved[~kept] == 0).all() and len(keep) == 9
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    one, other = (trained(tmp_path / str(n), accumulate=n)[0] for n in (1, 4))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-3)
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_weights(tmp_path, capsys):
+    whole, history, _ = trained(tmp_path / "whole")
+    for at in (0, 2, 4):
+        model = pruned_model()
+
+        def judge(step, model=model, at=at):
+            return loss_of(model) if step <= at else sys.exit(1)
+
+        with pytest.raises(SystemExit):
+            trained(tmp_path / f"{at}", model, judge)
+        again, found, _ = trained(tmp_path / f"{at}")
+        assert f"goes on behind step {at}" in capsys.readouterr().err and found == history
+        assert all(map(torch.equal, whole.parameters(), again.parameters()))
+    (tmp_path / "0" / "training.json").write_text("{}")
+    assert trained(tmp_path / "0")[1] == history and "left aside" in capsys.readouterr().err
+    assert trained(tmp_path / "0", learning_rate=0.02)[1] != history  # another recipe goes on with nothing
+    assert len(list((tmp_path / "0").glob("*.safetensors"))) == 1
+
+
+def test_what_diverges_leaves_its_last_good_weights(tmp_path):
+    with pytest.raises(DassError, match=r"loss of step \d is (nan|inf).*lower finetune\.learning_rate.*step 2 is kept"):
+        model = pruned_model()
+        trained(
+            tmp_path, model, lambda step: loss_of(model) if step < 4 else {"loss": float("nan")}, learning_rate=0.01
+        )
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["training-2.safetensors"]
+    assert trained(tmp_path)[1][-1]["step"] == 5
+    with pytest.raises(DassError, match=r"The (training|evaluation) loss of step \d is (nan|inf)"):
+        trained(tmp_path / "other", learning_rate=1e30)
+
+
+def test_distillation_is_the_divergence_from_the_dense_model(tmp_path):
+    dense = tiny_model().requires_grad_(False)
+    model, history, _ = trained(tmp_path, loss="distill", teacher=dense, steps=1, every=1, batch=10)
+    tokens, student = random_tokens(10, 24), pruned_model()
+    p, q = (softmax(one(tokens, use_cache=False).logits[:, :-1], -1) for one in (dense, student))
+    divergence = (p * (p.log() - q.log())).sum(-1).mean().item()
+    assert history[1]["training_loss"] == pytest.approx(divergence, rel=1e-4)
+    assert all(map(torch.equal, zeros(model), zeros(student)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"steps": -1}, "steps=-1 must be at least 1"),
+        ({"batch": 11}, "10 sequences, shorter than one batch of 11"),
+        ({"accumulate": 3}, "accumulate=3 does not divide batch=4"),
+        ({"loss": "kl"}, "loss=kl must be one of next, distill"),
+        ({"learning_rate": 0}, "learning_rate=0 must be"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(tmp_path, changes, says):
+    with pytest.raises(DassError, match=says):
+        trained(tmp_path / "state", **changes)
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_model_without_zeros_has_no_mask():
+    with pytest.raises(DassError, match="No matrix of the model is pruned"):
+        kept_weights(find_blocks(tiny_model()))
+
+
+def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(DassError, match=r"LoRA needs the package peft: install it"):
+        trained(tmp_path, lora_rank=2)
+
+
+def test_adapters_are_merged_back_under_the_mask(tmp_path):
+    pytest.importorskip("peft")
+    before, seen = pruned_model(), []
+    model = copy.deepcopy(before)
+
+    def judge(step):
+        seen.append(loss_of(model)["loss"])
+        return {"loss": seen[-1]}
+
+    trained(tmp_path, model, judge, lora_rank=2, lora_targets="(up|down|q)_proj$")
+    assert all(map(torch.equal, zeros(model), zeros(before))) and seen[-1] < seen[0]
+    assert loss_of(model)["loss"] == pytest.approx(seen[-1], rel=1e-5)  # what was judged is what is left
+    assert model.state_dict().keys() == before.state_dict().keys()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed == {
+        n for n, _ in model.named_parameters() if n.endswith(("up_proj.weight", "down_proj.weight", "q_proj.weight"))
+    }
+    again, _, _ = trained(tmp_path, lora_rank=2, lora_targets="(up|down|q)_proj$")
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    with pytest.raises(DassError, match=r"lora_targets=nowhere matches no linear layer"):
+        trained(tmp_path, lora_rank=2, lora_targets="nowhere")
+    assert masked.Recipe().lora_rank == 0
