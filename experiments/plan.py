@@ -40,6 +40,7 @@ class PlanConfig:
     dtype: str = "bfloat16"
     targets: str = "mlp"
     batch_size: int = 1
+    memory: str = "resident"
     efficiency: float | None = None
     launch_us: float | None = None
     disk_gb_s: float | None = None
@@ -63,7 +64,10 @@ def main(config: DictConfig) -> None:
             f"calibration={calibration.name} does not say how much it reads: give `calibration.n_sequences` and "
             f"`calibration.seq_len`."
         )
-    work = Workload(typed.dtype, calibration.n_sequences, calibration.seq_len, typed.batch_size)
+    if typed.memory not in ("resident", "stream"):
+        raise DassError(f"memory={typed.memory} is unknown here: choose resident or stream.", "memory")
+    streams = typed.memory == "stream"
+    work = Workload(typed.dtype, calibration.n_sequences, calibration.seq_len, typed.batch_size, streams)
     windows = evaluation_size(typed.evaluation)
     model = read_architecture(transformers_config(typed.model), typed.model.projections)
 
@@ -134,7 +138,7 @@ def stage_row(method: str, name: str, stages: list[Stage], device: Device, work:
         "Memory traffic": f"{sum(stage.moved_bytes for stage in stages) / 1e9:,.0f} GB",
         "Time": time,
         "Peak memory": f"{peak:,.1f} GB",
-        "Fits": "yes" if count == 1 else f"no: {count} x {device.name} or memory=stream",
+        "Fits": "yes" if count == 1 else f"no: {count} x {device.name}" + " or memory=stream" * (not work.streams),
     }
 
 
@@ -152,7 +156,11 @@ def notes(
         "left out.",
         f"Memory is that of {work.batch_size} sequence(s) per forward, without the allocator's waste; GB are 10^9 "
         "bytes.",
-        "The walk is taken to hold the whole model on one device; memory=stream holds two or three blocks of it.",
+        f"Reading all blocks takes {model.in_blocks * work.bytes_each / device.disk_gb_s / 1e9:.3g} s, each while the "
+        "one before is worked on: a stage takes as long as the slower of the two."
+        if work.streams
+        else f"The walk is taken to hold the whole model on one device; memory=stream holds two blocks of it at most, "
+        f"with embedding and head {model.streamed * work.bytes_each / 1e9:,.1f} GB of weights.",
         f"Calibration: {work.n_sequences} x {work.seq_len} tokens.",
     ]
     if windows is not None:

@@ -53,6 +53,15 @@ def test_what_fits(capsys):
     assert cells(printed(capsys, "model=llama2_70b", "device=a100_40gb"), "dass", "whole run")[-1].startswith("no: 4 x")
 
 
+def test_a_model_that_does_not_fit_streams(capsys):
+    out = printed(capsys, "model=llama2_70b", "memory=stream", "disk_gb_s=2")
+    *_, peak, fits = cells(out, "dass", "whole run")
+    # of 80 blocks 0.856e9 weights each two, and the embedding and head; the calibration set's inputs twice, 8.6 GB
+    assert fits == "yes" and 12 < float(peak.split()[0]) < 25
+    assert "Reading all blocks takes 68.5 s" in out and "memory=stream" not in out
+    assert "4.5 GB of weights" in printed(capsys, "model=llama2_70b")
+
+
 def test_evaluation_counts_windows(capsys):
     assert "166 windows of 2048 tokens, if" in printed(capsys)
     assert "7 windows of 512 tokens." in printed(capsys, "evaluation.n_windows=7", "evaluation.seq_len=512")
@@ -86,6 +95,7 @@ def test_a_folder_without_weights(capsys, tmp_path):
         (["efficiency=0"], "efficiency=0.0 must be above 0"),
         (["targets=none"], "targets=none is unknown"),
         (["batch_size=0"], "batch_size=0 must be at least 1"),
+        (["memory=auto"], "memory=auto is unknown here: choose resident or stream"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
