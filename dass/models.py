@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from dass import hub
+from dass.activations import know_activation
 from dass.checkpoint import require_places, require_weights, stored_tensors
 from dass.data.tokens import Tokenizer
 from dass.errors import DassError, finite, first_line, require_finite, told
@@ -47,7 +48,9 @@ def load_config(source: str, revision: str | None) -> Any:
     """The transformers config of a hub id or folder; DassError where it cannot be read."""
     folder = source if Path(source).is_dir() else hub.fetch(source, "config.json", revision).parent
     with _loading(source, f"Cannot load {source}, whose config.json is not understood"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    know_activation(str(getattr(config.get_text_config(), "hidden_act", "")))
+    return config
 
 
 def require_supported(config: Any) -> None:
