@@ -62,15 +62,13 @@ def main(config: DictConfig) -> None:
             if claim is None:
                 print(f"{folder}: another process trains it, skipping", flush=True)
             elif not folder.exists():
-                given = typed.tracking
-                with track(
-                    given.name, given.project, "train_tiny", recipe.name, given.folder, asdict(recipe)
-                ) as mirror:
+                where, name = typed.tracking, recipe.name
+                with track(where.name, where.project, "train_tiny", name, where.folder, asdict(recipe)) as mirror:
                     ended = train(recipe, mirror.log)
                 print(f"{folder}: {ended}, {time.perf_counter() - start:.0f} s", flush=True)
     done = [recipe for recipe in recipes if model_folder(recipe).exists()]
-    curves = pd.concat([training_curve(recipe).assign(**asdict(recipe)) for recipe in done]) if done else pd.DataFrame()
     if done:
+        curves = pd.concat([training_curve(recipe).assign(**asdict(recipe)) for recipe in done])
         output = Path(typed.output)
         write_atomically(output / "figures" / f"{NAME}.csv", curves.to_csv(index=False, lineterminator="\n"))
         write_figure(lambda: training_figure(curves), output / "figures", NAME)
@@ -78,10 +76,9 @@ def main(config: DictConfig) -> None:
 
 def recipes_of(config: TrainTinyConfig) -> list[Recipe]:
     """All variants of the first seed, then those of the next."""
-    if any(getattr(config.recipe, name) != getattr(Recipe, name) for name in ("activation", "gate", "experts", "seed")):
-        raise DassError(
-            "recipe.activation, .gate, .experts and .seed are not set: use gates, no_gates, experts, seeds."
-        )
+    varied = ("activation", "gate", "experts", "seed")
+    if any(getattr(config.recipe, name) != getattr(Recipe, name) for name in varied):
+        raise DassError(f"{', '.join(varied)} of the recipe have no effect: set gates, no_gates, experts and seeds.")
     recipes = []
     for seed in config.seeds:
         recipes += [replace(config.recipe, activation=name, seed=seed) for name in config.gates]

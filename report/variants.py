@@ -1,4 +1,4 @@
-"""Models that differ in one thing each: how their trainings went, and what of a model goes with DaSS's lead on Wanda."""
+"""Models that differ in one thing each: how their trainings went, and what goes with DaSS's lead on Wanda."""
 
 import pandas as pd
 from matplotlib.figure import Figure

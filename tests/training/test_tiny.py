@@ -293,7 +293,9 @@ def test_a_trained_model_is_a_whole_folder(texts):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"gate": False, "activation": "relu2"}, {"experts": 4}, {"activation": "softplus"}]
+    "changes",
+    [{"gate": False, "activation": "relu2"}, {"experts": 4}, {"activation": "softplus"}],
+    ids=["no_gate", "experts", "softplus"],
 )
 def test_every_kind_is_loaded_as_it_was_trained(texts, changes):
     recipe = replace(TOY, steps=2, warmup=0, **changes)
@@ -396,8 +398,8 @@ def test_the_entry_point_trains_each_once(texts, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"recipe": {"seed": 1}, "gates": ["relu"], "seeds": [0]}, "use gates, no_gates, experts, seeds"),
-        ({"recipe": {"gate": False}, "gates": ["relu"], "seeds": [0]}, "use gates, no_gates, experts, seeds"),
+        ({"recipe": {"seed": 1}, "gates": ["relu"], "seeds": [0]}, "set gates, no_gates, experts and seeds"),
+        ({"recipe": {"gate": False}, "gates": ["relu"], "seeds": [0]}, "set gates, no_gates, experts and seeds"),
         ({"gates": [], "seeds": [0]}, "nothing to train"),
     ],
 )
