@@ -86,7 +86,7 @@ def prune(
     for step in walk(model, calibration, needs, size, rare, projections, hold, start, done, kept.folder):
         pruned: list[Pruned] = []
         if plan.compares:
-            walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs))
+            walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs, step.rare))
         else:
             pruned = pruners[0].prune(step.block, step.streams, step.outputs)
         sparsity = note(walked, step, pruned, pruners[0].method.order, config.masks is not None)
