@@ -4,8 +4,8 @@ READY := .venv/.ready
 OUT := outputs/reproduce
 SCALE := small
 CUDA := ^(\#|nvidia|cuda|triton|setuptools)
-EXPERIMENTS := table1 table-glu-variants table-zero-shot ablation-alpha ablation-granularity ablation-calibration \
-	ablation-update ablation-order sparsity-curve pruning-time diagnostics
+EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-experts table-zero-shot ablation-alpha \
+	ablation-granularity ablation-calibration ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale experiments tables site train-tiny test \
@@ -45,6 +45,9 @@ reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a tabl
 # Each of these runs what has no record yet, and rebuilds the experiment's tables and figure, also where runs failed.
 table1: ## perplexity: models x methods x patterns (SCALE=small or paper, here and below)
 table-glu-variants: $(if $(filter small,$(SCALE)),train-tiny) ## SwiGLU, GeGLU and ReGLU
+table-no-glu: $(if $(filter small,$(SCALE)),train-tiny) ## with a gate and without one
+table-activations: $(if $(filter small,$(SCALE)),train-tiny) ## activation functions, and what goes with DaSS's lead
+table-experts: $(if $(filter small,$(SCALE)),train-tiny) ## experts, one by one
 table-zero-shot: ## zero-shot accuracy
 ablation-alpha: ## DaSS's exponent
 ablation-granularity: ## comparison groups within output rows or input columns

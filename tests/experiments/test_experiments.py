@@ -28,6 +28,9 @@ from tests.experiments.test_prune import ROOT, command, records, setting  # noqa
 PAPER = {  # the paper's models, methods and settings, counted by hand
     "table1_perplexity": 6 * (1 + 4 * 3 + 4 * 2 * 3),
     "table_glu_variants": 3 * (1 + 4 * 2 + 4 * 2),
+    "table_no_glu": 4 * (1 + 5 * 2 + 1),
+    "table_activations": 3 * (1 + 4 * 2 + 1),
+    "table_experts": 1 + 5 * 2 + 1,
     "table_scale": 3 * (1 + 6 * 2 + 3),
     "table_zero_shot": 6 * (1 + 4),
     "ablation_alpha": 2 * (1 + 3 + 5 * 3 + 6 * 2 * 2),
