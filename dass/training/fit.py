@@ -1,4 +1,4 @@
-"""Train the small models: AdamW, cosine schedule with warmup, clipped gradients, on the CPU.
+"""Train the small models: Muon and AdamW, cosine schedule with warmup, clipped gradients, on the CPU.
 
 Now and then it judges the model on held-out windows and keeps all that it needs to go on, so that a training that was
 killed ends with the same bits as one that was not.
@@ -7,7 +7,6 @@ killed ends with the same bits as one that was not.
 import json
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from dass.evaluation.perplexity import perplexity
 from dass.progress import progress
 from dass.records import identity_of, write_atomically
 from dass.saving import save_model
+from dass.training.muon import Muon, products_in_16_bits
 from dass.training.tiny import (
     TEXTS,
     Recipe,
@@ -43,7 +43,6 @@ MAX_GRADIENT_NORM = 1.0
 HELD_OUT_WINDOWS = 32
 POINTS = 10  # of a curve
 BALANCE = 0.02  # weight of the loss that keeps a router from sending all tokens to one expert
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
 @dataclass(frozen=True)
@@ -115,39 +114,39 @@ def fit(
     """
     starts = batches(recipe, len(tokens))
     model = initial_model(recipe).train()
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS)
-    curve = restored(kept, model, optimizer)
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim >= 2]
+    others = [p for name, p in model.named_parameters() if ".layers." not in name or p.ndim < 2]
+    optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)]
+    peaks = (recipe.matrix_learning_rate, recipe.learning_rate)
+    curve = restored(kept, model, optimizers)
     first, losses = curve[-1].step if curve else 0, []
     extra = {"output_router_logits": True, "router_aux_loss_coef": BALANCE} if recipe.experts else {}
     bar = progress(range(first, recipe.steps), f"training {recipe.name}", "step")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * schedule(recipe, step)
         input_ids = torch.stack([tokens[start : start + recipe.seq_len] for start in starts[step]])
         with products_in_16_bits():
             loss = model(input_ids=input_ids, labels=input_ids, use_cache=False, **extra).loss
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise DassError(f"The loss of step {step} is {losses[-1]}: lower the recipe's learning_rate.")
+            raise DassError(f"The loss of step {step} is {losses[-1]}: lower the recipe's learning rates.")
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         if (step + 1) % max(1, recipe.steps // POINTS) == 0 or step + 1 == recipe.steps:
             epoch = (step + 1) * recipe.batch * recipe.seq_len / len(tokens)
             try:
                 judged = math.log(perplexity(model.eval(), held_out.split(recipe.batch)).value)
             except DassError as error:
-                raise DassError(f"After step {step} no loss is finite: lower the recipe's learning_rate.") from error
+                raise DassError(f"After step {step} no loss is finite: lower the recipe's learning rates.") from error
             curve.append(Point(step + 1, epoch, sum(losses) / len(losses), judged))
             losses = []
             model.train()
             log(asdict(curve[-1]))
-            keep(kept, model, optimizer, curve)
+            keep(kept, model, optimizers, curve)
             bar.set_postfix(held_out=f"{judged:.3f}")
     return model.eval(), curve
 
@@ -169,30 +168,25 @@ def batches(recipe: Recipe, n_tokens: int) -> Tensor:
     return drawn[:wanted].view(recipe.steps, recipe.batch)
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Up to the peak over `warmup` steps, then down to 0 along a cosine."""
+def schedule(recipe: Recipe, step: int) -> float:
+    """Of the peak of a learning rate: up to 1 over `warmup` steps, then down to 0 along a cosine."""
     if step < recipe.warmup:
-        return recipe.learning_rate * step / recipe.warmup
+        return (step + 1) / recipe.warmup
     share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.learning_rate * (1 + math.cos(math.pi * share)) / 2
+    return (1 + math.cos(math.pi * share)) / 2
 
 
-def products_in_16_bits() -> AbstractContextManager[Any]:
-    """Products in bf16 where the processor has them, which takes 0.6 of the time; elsewhere they would take ages."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
-
-
-def keep(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, curve: list[Point]) -> None:
-    """Write weights, moments and curve into one file."""
-    tensors: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        tensors |= {f"weight {name}": p.detach()} | {f"{moment} {name}": state[moment] for moment in MOMENTS}
+def keep(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], curve: list[Point]) -> None:
+    """Write weights, the optimizers' states and the curve into one file."""
+    tensors = {f"weight {name}": p.detach() for name, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        for j, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"state {i} {j} {name}": value for name, value in state.items()}
     write_atomically(path, save(tensors, {"curve": json.dumps(list(map(asdict, curve)))}))
 
 
-def restored(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[Point]:
-    """The curve so far, with model and optimizer as they were then; nothing, and both untouched, without such a file.
+def restored(path: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> list[Point]:
+    """The curve so far, with model and optimizers as they were then; nothing without such a file.
 
     Raises:
         DassError: the file is not one that `keep` wrote for this model.
@@ -202,10 +196,15 @@ def restored(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimize
     try:
         with safe_open(path, framework="pt") as file:
             curve = [Point(**point) for point in json.loads(file.metadata()["curve"])]
-            for name, p in model.named_parameters():
-                p.data.copy_(file.get_tensor(f"weight {name}"))
-                moments = {moment: file.get_tensor(f"{moment} {name}") for moment in MOMENTS}
-                optimizer.state[p] = {"step": torch.tensor(float(curve[-1].step)), **moments}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+        for name, p in model.named_parameters():
+            p.data.copy_(tensors[f"weight {name}"])
+        for i, optimizer in enumerate(optimizers):
+            states: dict[int, dict[str, Tensor]] = {}
+            for name in (name for name in tensors if name.startswith(f"state {i} ")):
+                _, _, j, part = name.split(" ")
+                states.setdefault(int(j), {})[part] = tensors[name]
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DassError(f"{path} is damaged, so that the training cannot go on: remove it to begin anew.") from error
     return curve

@@ -54,15 +54,17 @@ class Recipe:
     steps: int = 800
     warmup: int = 50
     """Steps in which the learning rate rises to its peak; then it falls to 0 along a cosine."""
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-    """Of matrices; the scales of the norms do not decay."""
-    initial_std: float = 0.04
-    """Of the weights, below hidden_size ** -0.5; transformers' 0.02 learns slower at this width."""
+    matrix_learning_rate: float = 8e-3
+    """Of Muon, for the matrices of the blocks."""
+    learning_rate: float = 4e-3
+    """Of AdamW, for embedding, head and norms."""
+    initial_std: float = 0.02
+    """Of the weights."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, with the reason."""
         counts = ("hidden_size", "intermediate_size", "layers", "heads", "batch", "steps")
+        scales = ("matrix_learning_rate", "learning_rate", "initial_std")
         activation = "transformers' name of an activation, or that of an elementwise function of torch.nn.functional"
         wanted: list[tuple[str, bool, str]] = [
             ("activation", know_activation(self.activation), activation),
@@ -71,9 +73,7 @@ class Recipe:
             ("vocab_size", self.vocab_size >= 257, f"at least 257: all bytes and {BOUNDARY}"),
             ("seq_len", self.seq_len >= 2, "at least 2: the first token is not predicted"),
             ("warmup", 0 <= self.warmup <= self.steps, f"between 0 and steps={self.steps}"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
-            ("initial_std", 0 < self.initial_std < math.inf, "a finite number above 0"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            *((name, 0 < getattr(self, name) < math.inf, "a finite number above 0") for name in scales),
         ]
         for name, fits, what in wanted:
             if not fits:

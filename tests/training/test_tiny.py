@@ -19,6 +19,7 @@ from dass.models import load_model
 from dass.pruning.layout import find_blocks
 from dass.training import fit as fitting
 from dass.training import tiny
+from dass.training.muon import orthogonal
 from dass.training.tiny import Recipe
 from experiments import train_tiny
 from experiments.app import CONF
@@ -223,30 +224,46 @@ def test_the_gate_has_the_activation(activation, function):
     torch.testing.assert_close(mlp(x), (function(x @ gate.T) * (x @ up.T)) @ down.T)
 
 
-def test_a_step_is_adamw_with_clipping_and_warmup(fit, monkeypatch):
-    """Two steps by hand, the first at rate 0, the second at the peak; one parameter decays, another does not."""
-    recipe = replace(TOY, steps=2, warmup=1, learning_rate=0.01, weight_decay=0.5)
+def test_a_step_is_muon_and_adamw_with_clipping_and_warmup(fit, monkeypatch):
+    """Two steps by hand; the rates are half of their peaks, then the peaks."""
+    recipe = replace(TOY, steps=2, warmup=2, learning_rate=0.01, matrix_learning_rate=0.02)
     tokens = toy_tokens()
     monkeypatch.setattr(fitting, "POINTS", 2)
     trained, curve = fit(recipe, tokens)
     model = tiny.initial_model(recipe)
-    gradients = {name: [] for name, _ in model.named_parameters()}
-    for point, starts in zip(curve, fitting.batches(recipe, len(tokens)), strict=True):
+    kept = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
+    for step, (point, starts) in enumerate(zip(curve, fitting.batches(recipe, len(tokens)), strict=True)):
         ids = torch.stack([tokens[s : s + recipe.seq_len] for s in starts.tolist()])
         model.zero_grad()
         loss = cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        assert loss.item() == pytest.approx(point.training_loss, rel=1e-5)  # at rate 0 the first step changes nothing
+        assert loss.item() == pytest.approx(point.training_loss, rel=1e-4)
         loss.backward()
-        norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+        clip = min(1.0, 1.0 / sum(p.grad.square().sum() for p in model.parameters()).sqrt().item())
         for name, p in model.named_parameters():
-            gradients[name].append(p.grad * min(1.0, 1.0 / norm.item()))
-    new = dict(trained.named_parameters())
-    for name, p in model.named_parameters():
-        first, second = gradients[name]
-        mean = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
-        square = (0.95 * 0.05 * first**2 + 0.05 * second**2) / (1 - 0.95**2)
-        decayed = p.detach() * (1 - 0.01 * (0.5 if p.ndim == 2 else 0))
-        torch.testing.assert_close(new[name], decayed - 0.01 * mean / (square.sqrt() + 1e-8), rtol=1e-4, atol=1e-5)
+            gradient, (mean, square) = p.grad * clip, kept[name]
+            if ".layers." in name and p.ndim == 2:
+                mean.copy_(0.95 * mean + 0.05 * gradient)
+                change = 0.02 * 0.2 * max(p.shape) ** 0.5 * orthogonal(0.05 * gradient + 0.95 * mean)
+            else:
+                mean.copy_(0.9 * mean + 0.1 * gradient)
+                square.copy_(0.95 * square + 0.05 * gradient**2)
+                unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.95 ** (step + 1))
+                change = 0.01 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+            p.data -= (0.5, 1.0)[step] * change
+    for name, p in trained.named_parameters():
+        torch.testing.assert_close(p, model.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (3, 8, 8)], ids=str)
+def test_an_update_is_about_orthogonal(shape, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.mT @ orthogonal(matrix) @ v.mT
+    values = inside.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-4)
+    torch.testing.assert_close(orthogonal(100 * matrix), orthogonal(matrix), rtol=1e-3, atol=1e-4)
 
 
 def test_it_learns_more_than_token_frequencies(fit):
@@ -261,8 +278,8 @@ def test_it_learns_more_than_token_frequencies(fit):
 def test_too_little_text_and_a_loss_that_is_not_finite(fit):
     with pytest.raises(DassError, match="31 tokens are fewer than two sequences of 16"):
         fitting.batches(TOY, 31)
-    with pytest.raises(DassError, match="lower the recipe's learning_rate"):
-        fit(replace(TOY, learning_rate=1e30), toy_tokens())
+    with pytest.raises(DassError, match="lower the recipe's learning rates"):
+        fit(replace(TOY, learning_rate=1e30, matrix_learning_rate=1e30), toy_tokens())
 
 
 # the folder
@@ -323,7 +340,8 @@ def test_every_field_is_in_the_identity():
     changes = asdict(
         Recipe(
             activation="relu", gate=False, seed=1, vocab_size=400, hidden_size=96, intermediate_size=96, layers=2,
-            heads=8, seq_len=64, batch=5, steps=99, warmup=9, learning_rate=1e-3, weight_decay=0.2, initial_std=0.05,
+            heads=8, seq_len=64, batch=5, steps=99, warmup=9, learning_rate=1e-3, matrix_learning_rate=1e-2,
+            initial_std=0.05,
         )
     ) | {"experts": 8}  # fmt: skip
     folders = {tiny.model_folder(replace(Recipe(), **{name: value})) for name, value in changes.items()}
@@ -349,7 +367,7 @@ def test_every_field_is_in_the_identity():
         ({"heads": 16}, "hidden_size=16 must be a multiple of 2 x heads=16"),
         ({"warmup": 9}, "warmup=9 must be between 0 and steps=8"),
         ({"learning_rate": math.nan}, "learning_rate=nan must be a finite number above 0"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0 must be a finite number of at least 0"),
+        ({"matrix_learning_rate": -1.0}, "matrix_learning_rate=-1.0 must be a finite number above 0"),
     ],
 )
 def test_a_recipe_that_means_nothing(changes, says):
