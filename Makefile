@@ -9,7 +9,7 @@ EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-ex
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale experiments tables site train-tiny test \
-	test-slow lint format benchmark benchmark-memory benchmark-gpu
+	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-21s %s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ benchmark: $(READY) ## ratios to the forward work and to the reference's walk, i
 
 benchmark-memory: $(READY) ## peak memory of models that are streamed from disk, into results/benchmark_memory.md
 	$(BIN)/python -m benchmarks.memory
+
+benchmark-scaling: $(READY) ## the streamed walk over width, depth and tokens beside the plan, results/benchmark_scaling.md
+	$(BIN)/python -m benchmarks.scaling
 
 benchmark-gpu: $(READY) ## the same on a GPU with a random model of LLaMA2-7B's shape, into results/benchmark_gpu.md
 	$(BIN)/python -m benchmarks.walk --gpu
