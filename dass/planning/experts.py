@@ -36,7 +36,9 @@ def expert_tokens(model: Architecture, pruner: BlockPruner, work: Workload) -> E
         needs = pruner.needs(b.block)
         for unit in (unit for unit in b.block.units if unit.routed):
             inputs = {p.reads: b.inputs[p.reads] for p in unit.projections.values()}
-            wanted = [one.features if needs[reads] else EXPERT_TOKENS for reads, one in inputs.items() if reads in needs]
+            wanted = [
+                one.features if needs[reads] else EXPERT_TOKENS for reads, one in inputs.items() if reads in needs
+            ]
             one = next(iter(inputs.values()))
             if wanted and (found is None or max(wanted) > found.needed):
                 weights = sum(p.weight.numel() for p in unit.projections.values())

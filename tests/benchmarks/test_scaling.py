@@ -53,6 +53,7 @@ def test_the_exponents_stand_beside_the_plans(table):
     assert len(scaling_figure(table).axes) == 2 * len(AXES)
 
 
+@pytest.mark.slow  # a process of its own imports everything
 def test_one_point_is_measured(tmp_path):
     command = [sys.executable, "-m", "benchmarks.scaling", "128", "2", "256", "wanda", str(tmp_path)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])

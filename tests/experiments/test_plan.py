@@ -34,11 +34,38 @@ def cells(out, method, stage):
 
 @pytest.mark.parametrize("model", PLANNED)
 def test_every_model(capsys, model):
-    out = printed(capsys, f"model={model}")
+    given = OmegaConf.load(CONF / "model" / f"{model}.yaml").architecture
+    many = max(given.get("n_routed_experts", 0), given.get("num_experts", 0), given.get("num_local_experts", 0))
+    fewer = [f"model.architecture.num_hidden_layers={given.num_hidden_layers // 12}"] if many else []  # all are alike
+    out = printed(capsys, f"model={model}", *fewer)
     for method in plan.METHODS:
         assert cells(out, method, "whole run")
     assert "an estimate" in out and "none is measured" in out and "0.4 x peak" in out
-    assert ("8 per token; that experts" in out) == (model == "mixtral_8x7b")
+    assert (f" of {many} per token; that experts" in out) == bool(many)
+    assert ("of an even share |" in out) == bool(many)
+
+
+def row_of(line):
+    """The cells of a line of a table."""
+    return [cell.strip() for cell in line.split("|")][1:-1]
+
+
+def test_one_and_eight_devices(capsys):
+    """405 billion parameters: 812 GB, which one H200 streams and eight hold."""
+    out = printed(capsys, "model=llama31_405b", "device=h200", "evaluation=none")
+    (row,) = [row_of(line) for line in out.splitlines() if "| dass " in line and "(streamed)" in line]
+    assert row[0] == "dass" and float(row[1].split()[0].replace(",", "")) > 812 > 8 * float(row[2].split()[0])
+    assert row[3].endswith("(streamed)") and row[4].endswith((" h", " min")) and "8 x h200" in out
+
+
+def test_what_an_expert_can_expect(capsys):
+    """By hand: 128 x 2048 tokens, 8 of 128 experts each; the widest input has 4096 features."""
+    out = printed(capsys, "model=qwen3_235b", "model.architecture.num_hidden_layers=2")
+    rows = {row[0]: row for row in (row_of(line) for line in out.splitlines() if "even share |" in line)}
+    assert list(rows) == ["wanda", "sparsegpt", "dass"]
+    assert rows["sparsegpt"][1:4] == ["16,384", "4,096", "25.0% of an even share"]
+    assert rows["dass"][1:5] == ["16,384", "32", "0.2% of an even share", "5,120 calibration tokens"]
+    assert rows["dass"][5] == f"{2 * 128 * 2048 * 3 * 4096 * 1536 / 1e12:.3g} TFLOP"
 
 
 @pytest.mark.parametrize("device", DEVICES)
