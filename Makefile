@@ -4,12 +4,12 @@ READY := .venv/.ready
 OUT := outputs/reproduce
 SCALE := small
 CUDA := ^(\#|nvidia|cuda|triton|setuptools)
-EXPERIMENTS := table1 table-glu-variants table-zero-shot ablation-alpha ablation-granularity ablation-calibration \
-	ablation-update ablation-order sparsity-curve pruning-time diagnostics
+EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-experts table-zero-shot ablation-alpha \
+	ablation-granularity ablation-calibration ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair experiments tables site train-tiny test \
-	test-slow lint format benchmark benchmark-memory benchmark-gpu
+	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-21s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a tabl
 # Each of these runs what has no record yet, and rebuilds the experiment's tables and figure, also where runs failed.
 table1: ## perplexity: models x methods x patterns (SCALE=small or paper, here and below)
 table-glu-variants: $(if $(filter small,$(SCALE)),train-tiny) ## SwiGLU, GeGLU and ReGLU
+table-no-glu: $(if $(filter small,$(SCALE)),train-tiny) ## with a gate and without one
+table-activations: $(if $(filter small,$(SCALE)),train-tiny) ## activation functions, and what goes with DaSS's lead
+table-experts: $(if $(filter small,$(SCALE)),train-tiny) ## experts, one by one
 table-zero-shot: ## zero-shot accuracy
 ablation-alpha: ## DaSS's exponent
 ablation-granularity: ## comparison groups within output rows or input columns
@@ -75,8 +78,10 @@ tables: $(READY) ## rebuild all tables and figures of results/ and docs/reproduc
 site: $(READY) ## all tables, figures and records as one page for a browser, outputs/site/index.html
 	$(BIN)/python -m experiments.report site=outputs/site
 
-train-tiny: $(READY) ## train the small models that table-glu-variants compares, where they are not there
-	$(BIN)/python -m experiments.train_tiny
+train-tiny: $(READY) ## train the small models that table-no-glu and others compare, where they are not there; 3 hours
+	@# two processes of one thread each share the work, which two cores do faster than one process on both
+	@OMP_NUM_THREADS=1 $(BIN)/python -m experiments.train_tiny & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.train_tiny; status=$$?; wait $$! && exit $$status
 
 test: $(READY) ## the tests, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --nbmake tests notebooks
@@ -98,6 +103,9 @@ benchmark: $(READY) ## ratios to the forward work and to the reference's walk, i
 
 benchmark-memory: $(READY) ## peak memory of models that are streamed from disk, into results/benchmark_memory.md
 	$(BIN)/python -m benchmarks.memory
+
+benchmark-scaling: $(READY) ## the streamed walk over width, depth and tokens beside the plan, results/benchmark_scaling.md
+	$(BIN)/python -m benchmarks.scaling
 
 benchmark-gpu: $(READY) ## the same on a GPU with a random model of LLaMA2-7B's shape, into results/benchmark_gpu.md
 	$(BIN)/python -m benchmarks.walk --gpu

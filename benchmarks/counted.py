@@ -7,11 +7,13 @@ is done. Each operation then takes the longest of its launch, its arithmetic and
 import ctypes
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,16 +22,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dass.planning.architecture import read_architecture
 from dass.planning.costs import SORT_PASSES, Workload, plan_pruning
 from dass.planning.devices import Device
+from dass.pruning import parked
+from dass.pruning.blocks import Block, Hold, resident
+from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import walk
+from dass.streaming import Shelf
 
 aten = torch.ops.aten
 LLAMA2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+LLAMA2_70B = LLAMA2_7B | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+LLAMA2_70B |= {"num_key_value_heads": 8}
 CALIBRATION, BATCH = (128, 2048), 16
 FREE = (aten.detach, aten.unbind, aten.split, aten._unsafe_view, aten.empty, aten.empty_like, aten.new_empty)
 CUDA, META = 1, 14  # of torch's enumeration of devices
@@ -168,19 +176,56 @@ def llama(n_blocks: int, sizes: dict[str, int]) -> LlamaConfig:
     return LlamaConfig(num_hidden_layers=n_blocks, attn_implementation="sdpa", **sizes)
 
 
+class PretendedShelf(Shelf):
+    """A shelf whose weights are made up when they are read, in the thread that asks for them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Give up the memory of all blocks."""
+        super().__init__(model, find_blocks(model), {}, {}, Path())
+        self._reader = AtOnce()
+        for block in self.blocks:
+            self.drop(block)
+
+    def _read(self, block: Block) -> dict[str, Tensor]:
+        named = block.module.named_parameters()
+        return {f"{block.name}.{name}": torch.empty_like(p, device="cuda:0") for name, p in named}
+
+
+class AtOnce(Executor):
+    """Does what it is given before it returns: pretended devices are known to one thread only."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Do it."""
+        done = Future[Any]()
+        done.set_result(function(*args, **kwargs))
+        return done
+
+
 @torch.no_grad()
-def counted_block(pruner: BlockPruner, device: Device, sizes: dict[str, int] = LLAMA2_7B) -> tuple[Counts, int]:
+def counted_block(
+    pruner: BlockPruner, device: Device, sizes: dict[str, int] = LLAMA2_7B, n_blocks: int = 2, streams: bool = False
+) -> tuple[Counts, int]:
     """One block of the walk, in bf16: pruned, run, and the next one observed; and the most bytes beyond the weights.
 
     Args:
         sizes: of the LLaMA-like model.
+        n_blocks: of the model.
+        streams: the blocks come from disk, as `memory=stream` has it, and all weights on the device count, too.
     """
     counter = Counter(device)
-    with pretended_device(), FakeTensorMode(), Flash(), counter:
+
+    def free_memory(place: torch.device) -> int:
+        return int(device.memory_gb * 1e9) - (counter.live if place.type == "cuda" else 0)
+
+    with pretended_device(), patch.object(parked, "free_memory", free_memory), FakeTensorMode(), Flash(), counter:
         with torch.device("cuda:0"):
-            model = AutoModelForCausalLM.from_config(llama(2, sizes), dtype=torch.bfloat16).eval().requires_grad_(False)
+            config = llama(n_blocks, sizes)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
         weights = counter.live
-        steps = walk(model, torch.zeros(CALIBRATION, dtype=torch.int64), pruner.needs, BATCH)
+        hold: Hold = resident
+        if streams:
+            hold, weights = PretendedShelf(model).hold, 0
+        steps = walk(model, torch.zeros(CALIBRATION, dtype=torch.int64), pruner.needs, BATCH, hold=hold)
         step = next(steps)
         counter.peak, before = counter.live, counter.counts
         pruner.prune(step.block, step.streams)

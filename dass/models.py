@@ -1,7 +1,6 @@
 """Load a causal language model from the hub or a folder, and refuse what cannot be pruned."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from dass import hub
+from dass.activations import know_activation
 from dass.checkpoint import require_places, require_weights, stored_tensors
 from dass.data.tokens import Tokenizer
 from dass.errors import DassError, finite, first_line, require_finite, told
@@ -50,7 +50,9 @@ def load_config(source: str, revision: str | None) -> Any:
     """The transformers config of a hub id or folder; DassError where it cannot be read."""
     folder = source if Path(source).is_dir() else hub.fetch(source, "config.json", revision).parent
     with _loading(source, f"Cannot load {source}, whose config.json is not understood"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    know_activation(str(getattr(config.get_text_config(), "hidden_act", "")))
+    return config
 
 
 def require_supported(config: Any) -> None:
@@ -142,20 +144,6 @@ def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2's kind, where nothing is said
     per_sequence = seq_len * (3 * width + 12 * config.hidden_size) * 4
     return 2 ** min(4, max(0, int(GPU_ACTIVATIONS / per_sequence).bit_length() - 1))
-
-
-def memory_needed(source: str, revision: str | None, dtype: str, device: torch.device) -> tuple[int, int]:
-    """Bytes of a model's weights, and a half more for what is made of them, of activations; and what is free.
-
-    Raises:
-        DassError: as `load_model`, where the files tell without being read.
-    """
-    folder = model_folder(source, revision)
-    require_weights(folder)
-    require_supported(load_config(str(folder), None))
-    weights = stored_tensors(folder).values()
-    size = torch.empty(0, dtype=DTYPES[dtype]).element_size() * sum(math.prod(one.shape) for one in weights)
-    return size + size // 2, free_memory(device)
 
 
 def free_memory(device: torch.device) -> int:

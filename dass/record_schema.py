@@ -244,6 +244,15 @@ class Norms(Part):
     input_p90_p10: list[NotNegative | None]
 
 
+class Expert(Part):
+    """How methods change what one expert writes."""
+
+    block: Word
+    index: Count
+    tokens: Count
+    errors: dict[str, Energy | None]
+
+
 class Diagnostics(Part):
     """What the comparison of methods left."""
 
@@ -251,10 +260,13 @@ class Diagnostics(Part):
     kept: dict[str, dict[str, list[Share | None]]]  # by method and role
     jaccard: dict[str, dict[str, list[Share | None]]]  # by pair of methods and role
     norms: Norms
+    zeros: list[Share] | None = None  # share of exact zeros among the intermediate activations, over the blocks
+    experts: list[Expert] | None = None  # our first records tell neither
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        tables = (*self.errors.values(), *self.kept.values(), *self.jaccard.values(), vars(self.norms))
+        zeros = {"zeros": self.zeros} if self.zeros is not None else {}
+        tables = (*self.errors.values(), *self.kept.values(), *self.jaccard.values(), vars(self.norms) | zeros)
         if len({len(values) for table in tables for values in table.values()}) > 1:
             raise ValueError("its numbers are of different numbers of blocks")
         return self

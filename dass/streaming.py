@@ -8,7 +8,7 @@ a `Shelf` brings it once for all batches, and the next one is read meanwhile.
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dass.checkpoint import require_places, require_weights, stored_tensors
-from dass.errors import require_finite, told
-from dass.models import from_folder, load_config, model_folder, require_supported
+from dass.errors import DassError, require_finite, told
+from dass.models import DTYPES, from_folder, load_config, model_folder, require_supported
 from dass.pruning.blocks import Block
 from dass.pruning.layout import find_blocks
 
@@ -44,7 +44,7 @@ class Shelf:
         self.model, self.blocks, self.index, self.device_map, self.folder = model, blocks, index, device_map, folder
         self.device = model.device
         self._followers = {one.name: other for one, other in pairwise(blocks)}
-        self._reader = ThreadPoolExecutor(1, "read a block")
+        self._reader: Executor = ThreadPoolExecutor(1, "read a block")
         self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
 
     @contextmanager
@@ -63,8 +63,12 @@ class Shelf:
         try:
             yield
         finally:
-            for name, parameter in list(block.module.named_parameters()):
-                _put(block, f"{block.name}.{name}", torch.empty_like(parameter, device="meta"))
+            self.drop(block)
+
+    def drop(self, block: Block) -> None:
+        """Give up the memory of a block."""
+        for name, parameter in list(block.module.named_parameters()):
+            _put(block, f"{block.name}.{name}", torch.empty_like(parameter, device="meta"))
 
     @contextmanager
     def change(self, block: Block, stored: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
@@ -169,6 +173,34 @@ def load_streamed(
             require_finite(parameter, f"The weights {name} of {source}")
     model.eval().requires_grad_(False)
     return model, Shelf(model, find_blocks(model, projections), index, device_map, folder)
+
+
+def memory_needed(
+    source: str, revision: str | None, dtype: str, projections: dict[str, str] | None = None
+) -> tuple[int, int]:
+    """Bytes of a model's weights, and of those that are in memory at once where its blocks lie on disk.
+
+    From its configuration alone. A model whose blocks are not understood is needed whole.
+
+    Raises:
+        DassError: the configuration cannot be read, or its model cannot be pruned here.
+    """
+    config = load_config(source, revision)
+    require_supported(config)
+    advice = "correct its entries"
+    with told(f"The config.json of {source} makes no causal language model", advice, Exception), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    size, whole = DTYPES[dtype].itemsize, sum(p.numel() for p in empty.parameters())
+    try:
+        blocks = [sum(p.numel() for p in block.module.parameters()) for block in find_blocks(empty, projections)]
+    except DassError:
+        return whole * size, whole * size
+    return whole * size, (whole - sum(blocks) + at_once(blocks)) * size
+
+
+def at_once(sizes: list[int]) -> int:
+    """What the blocks of these sizes take in memory at most: one is worked on while the next is read."""
+    return max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)))
 
 
 def _places(module: nn.Module, name: str, blocks: set[str], device: str) -> Iterator[tuple[str, str]]:

@@ -18,12 +18,14 @@ from dass.names import unknown
 from dass.planning.architecture import Architecture, config_from, read_architecture
 from dass.planning.costs import Workload, plan_evaluation, plan_load, plan_pruning, share_removed, targeted_weights
 from dass.planning.devices import DEVICES, Device, Stage
+from dass.planning.experts import expert_tokens
 from dass.pruning.pruner import BlockPruner
 from experiments.app import run_app
 from experiments.fingerprint import source_of
 from experiments.methods import compared
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig, SparsityConfig
 
+COUNTS = (1, 8)  # of devices
 METHODS = ("magnitude", "wanda", "sparsegpt", "dass")
 WIKITEXT2_TOKENS = 341_469  # of its test split by LLaMA-2's tokenizer: 166 windows of 2048; others give other numbers
 
@@ -40,6 +42,7 @@ class PlanConfig:
     dtype: str = "bfloat16"
     targets: str = "mlp"
     batch_size: int = 1
+    memory: str = "resident"
     efficiency: float | None = None
     launch_us: float | None = None
     disk_gb_s: float | None = None
@@ -63,13 +66,14 @@ def main(config: DictConfig) -> None:
             f"calibration={calibration.name} does not say how much it reads: give `calibration.n_sequences` and "
             f"`calibration.seq_len`."
         )
-    work = Workload(typed.dtype, calibration.n_sequences, calibration.seq_len, typed.batch_size)
+    if typed.memory not in ("resident", "stream"):
+        raise DassError(f"memory={typed.memory} is unknown here: choose resident or stream.", "memory")
+    streams = typed.memory == "stream"
+    work = Workload(typed.dtype, calibration.n_sequences, calibration.seq_len, typed.batch_size, streams)
     windows = evaluation_size(typed.evaluation)
     model = read_architecture(transformers_config(typed.model), typed.model.projections)
 
-    shared = [plan_load(model, work)]
-    if windows is not None:
-        shared.append(plan_evaluation(model, work, *windows))
+    shared = shared_stages(model, work, windows)
     stages = [stage_row("each", stage.name, [stage], device, work) for stage in shared]
     for name, pruner in pruners.items():
         own = plan_pruning(model, pruner, work)
@@ -77,10 +81,18 @@ def main(config: DictConfig) -> None:
         stages.append(stage_row(name, "whole run", [*shared, *own], device, work))
 
     print(f"# {typed.model.name}, {typed.dtype}, on {device.name}: an estimate\n")
-    for rows in (parameter_rows(model), removal_rows(model, pruners["wanda"]), stages):
+    tables = [parameter_rows(model), removal_rows(model, pruners["wanda"]), stages]
+    tables.append([count_row(model, name, pruner, device, work, windows) for name, pruner in pruners.items()])
+    tables.append([row for name, pruner in pruners.items() if (row := expert_row(model, name, pruner, work))])
+    for rows in filter(None, tables):
         aligned = ["left" if key in ("Method", "Stage") or not i else "right" for i, key in enumerate(rows[0])]
         print(tabulate(rows, "keys", "pipe", disable_numparse=True, colalign=aligned), "\n")
     print("\n".join(f"- {note}" for note in notes(model, device, work, typed.evaluation, windows)))
+
+
+def shared_stages(model: Architecture, work: Workload, windows: tuple[int, int] | None) -> list[Stage]:
+    """Those of every method."""
+    return [plan_load(model, work)] + ([plan_evaluation(model, work, *windows)] if windows is not None else [])
 
 
 def transformers_config(model: ModelConfig) -> Any:
@@ -124,17 +136,58 @@ def stage_row(method: str, name: str, stages: list[Stage], device: Device, work:
     flops, seconds = sum(stage.flops for stage in stages), sum(stage.seconds(device, work.dtype) for stage in stages)
     peak = max(stage.peak_bytes for stage in stages) / 1e9
     count = math.ceil(peak / device.memory_gb)
-    time = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-    if seconds < 120:
-        time = f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return {
         "Method": method,
         "Stage": name,
         "Operations": f"{flops / 1e12:,.3g} TFLOP" if flops < 1e15 else f"{flops / 1e15:,.1f} PFLOP",
         "Memory traffic": f"{sum(stage.moved_bytes for stage in stages) / 1e9:,.0f} GB",
-        "Time": time,
+        "Time": time_words(seconds),
         "Peak memory": f"{peak:,.1f} GB",
-        "Fits": "yes" if count == 1 else f"no: {count} x {device.name} or memory=stream",
+        "Fits": "yes" if count == 1 else f"no: {count} x {device.name}" + " or memory=stream" * (not work.streams),
+    }
+
+
+def time_words(seconds: float) -> str:
+    """In the unit that suits."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def count_row(
+    model: Architecture,
+    name: str,
+    pruner: BlockPruner,
+    device: Device,
+    work: Workload,
+    windows: tuple[int, int] | None,
+) -> dict[str, str]:
+    """A whole run: its memory whole and streamed, and its time on one device and on several."""
+    ways = {}
+    for streams in (False, True):
+        own = replace(work, streams=streams)
+        ways[streams] = [*shared_stages(model, own, windows), *plan_pruning(model, pruner, own)]
+    peaks = {streams: max(stage.peak_bytes for stage in stages) / 1e9 for streams, stages in ways.items()}
+    row = {"Method": name, "Memory": f"{peaks[False]:,.1f} GB", "Streamed": f"{peaks[True]:,.1f} GB"}
+    for count in COUNTS:
+        streams = peaks[False] > count * device.memory_gb
+        seconds = sum(stage.shared(count).seconds(device, work.dtype) for stage in ways[streams])
+        row[f"{count} x {device.name}"] = time_words(seconds) + (" (streamed)" if streams else "")
+    return row
+
+
+def expert_row(model: Architecture, name: str, pruner: BlockPruner, work: Workload) -> dict[str, str] | None:
+    """What a method needs of each expert; None where there is nothing to need."""
+    found = expert_tokens(model, pruner, work)
+    if found is None:
+        return None
+    return {
+        "Method": name,
+        "Tokens of an expert": f"{found.expected:,.0f}",
+        "Needed": f"{found.needed:,}",
+        "Falls back below": f"{found.share:.1%} of an even share",
+        "Enough at a tenth of it": f"{found.enough(work, 0.1):,} calibration tokens",
+        "Each that falls back": f"{found.fallback_flops / 1e12:,.3g} TFLOP",
     }
 
 
@@ -152,7 +205,13 @@ def notes(
         "left out.",
         f"Memory is that of {work.batch_size} sequence(s) per forward, without the allocator's waste; GB are 10^9 "
         "bytes.",
-        "The walk is taken to hold the whole model on one device; memory=stream holds two or three blocks of it.",
+        f"Reading all blocks takes {model.in_blocks * work.bytes_each / device.disk_gb_s / 1e9:.3g} s, each while the "
+        "one before is worked on: a stage takes as long as the slower of the two."
+        if work.streams
+        else f"The walk is taken to hold the whole model on one device; memory=stream holds two blocks of it at most, "
+        f"with embedding and head {model.streamed * work.bytes_each / 1e9:,.1f} GB of weights.",
+        f"{COUNTS[-1]} devices: at best, with sequences and matrices divided evenly among them and one disk; a run of "
+        "this repository uses one.",
         f"Calibration: {work.n_sequences} x {work.seq_len} tokens.",
     ]
     if windows is not None:
@@ -162,7 +221,8 @@ def notes(
     if model.active_experts is not None:
         found.append(
             f"Experts are counted as if routers were even, {model.active_experts} per token; that experts which see "
-            "too few tokens are run on all of them once more is not counted."
+            "too few tokens are run on all of them once more is not counted: the last table says when that is and what "
+            "it takes; routers are not even, and an expert with a tenth of an even share is no rare thing."
         )
     return found
 

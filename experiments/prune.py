@@ -26,7 +26,7 @@ from dass.evaluation import door
 from dass.evaluation.zero_shot import hub_items
 from dass.folders import require_own_folder
 from dass.memory import note_halved
-from dass.models import load_model, load_tokenizer, memory_needed, model_folder, resolve_dtype
+from dass.models import load_model, load_tokenizer, model_folder, resolve_dtype
 from dass.pruning.comparison import diagnostics
 from dass.records import (
     code_sha256,
@@ -50,7 +50,7 @@ from experiments.fingerprint import hub_text, source_of
 from experiments.notes import note_idle
 from experiments.outputs import command_of, destination, is_written, save, save_masks, write_metrics
 from experiments.public import public, public_text
-from experiments.resolve import Plan, check, loads
+from experiments.resolve import Plan, check, loads, streams
 from experiments.scratch import claimed_run, scratch_folder
 from experiments.walked import Log, Walked, audited, counted, prune
 from report.reading import runs_of
@@ -157,6 +157,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     config, stages = plan.config, Stages(plan.device)
     torch.manual_seed(config.seed)
     source, revision = source_of(config.model), config.model.revision
+    is_streamed = streams(plan)
     if fetches := downloads(plan):
         with stages.measure("download"):
             for fetch in fetches:
@@ -171,7 +172,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
     tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
-        model, shelf = load(plan, source, scratch)
+        model, shelf = load(plan, source, scratch if is_streamed else None)
         require_unchanged(plan)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", evaluation.windows)):
@@ -228,20 +229,10 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     return record, problems
 
 
-def load(plan: Plan, source: str, scratch: Path) -> tuple[PreTrainedModel, Shelf | None]:
-    """The model, whole or with its blocks on a shelf, as `memory` says or where it does not fit."""
+def load(plan: Plan, source: str, scratch: Path | None) -> tuple[PreTrainedModel, Shelf | None]:
+    """The model, whole, or with its blocks on a shelf where there is a folder for them."""
     given = (source, plan.config.model.revision, plan.dtype, plan.device)
-    streams = plan.config.memory == "stream"
-    if plan.config.memory == "auto":
-        needed, free = memory_needed(*given)
-        streams = needed > free
-        if streams:
-            print(
-                f"note: the model needs {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: its blocks are "
-                f"brought from disk one at a time (memory=resident keeps it whole)",
-                file=sys.stderr,
-            )
-    if streams:
+    if scratch is not None:
         return load_streamed(*given, scratch, plan.config.model.projections)
     return load_model(*given), None
 

@@ -1,5 +1,6 @@
 """From the composed config to a checked run: nothing heavy has been loaded yet."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,9 +11,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dass.errors import DassError
-from dass.models import resolve_device, resolve_dtype
+from dass.models import free_memory, resolve_device, resolve_dtype
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
+from dass.streaming import memory_needed
 from experiments.app import typed
 from experiments.bounds import require_plain
 from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, pinned, source_of
@@ -120,6 +122,32 @@ def loads(plan: Plan) -> list[str]:
     if config.evaluation.name != "none":
         found.append(f"evaluation {config.evaluation.path or config.evaluation.name}")
     return found
+
+
+def streams(plan: Plan) -> bool:
+    """Whether the model's blocks come from disk, as `memory` says or where it does not fit.
+
+    Known from the configuration alone, before weights are downloaded; DassError where the model fits no way.
+    """
+    config, model, free = plan.config, plan.config.model, free_memory(plan.device)
+    whole, streamed = memory_needed(source_of(model), model.revision, plan.dtype, model.projections)
+    is_streamed = config.memory == "stream"
+    # a half more: for what is made of the weights, and activations
+    if config.memory == "auto" and whole + whole // 2 > free:
+        is_streamed = True
+        print(
+            f"note: the model needs {1.5 * whole / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: its blocks are "
+            f"brought from disk one at a time (memory=resident keeps it whole)",
+            file=sys.stderr,
+        )
+    if (streamed if is_streamed else whole) > free:
+        raise DassError(
+            f"{model.name} does not fit: its weights in {plan.dtype} take {whole / 1e9:.1f} GB, with "
+            f"memory=stream {streamed / 1e9:.1f} GB at a time, and {free / 1e9:.1f} GB are free on {plan.device}: "
+            f"{'set memory=stream' if streamed <= free else 'use a machine with more memory or a smaller dtype'}.",
+            "memory" if streamed <= free else "device",
+        )
+    return is_streamed
 
 
 def _require_separate_folders(config: PruneConfig) -> None:

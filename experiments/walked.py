@@ -115,7 +115,7 @@ def prune(
     ):
         pruned: list[Pruned] = []
         if plan.compares:
-            walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs))
+            walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs, step.rare))
         else:
             pruned = pruners[0].prune(step.block, step.streams, step.outputs)
         sparsity = note(walked, step, pruned, pruners[0].method.order, config.masks is not None)

@@ -18,6 +18,7 @@ from report.orders import order_figure, order_frame, order_grid, variance_grid
 from report.repair import UPDATES, repair_figure, repair_frame, repair_grids
 from report.runs import Run, frame_of
 from report.tables import cells_of
+from report.variants import expert_figure, expert_frame, expert_grid, lead_figure, lead_frame, lead_grid, split
 from report.words import calibration_words, entries_of, facts_of, model_words
 
 USUAL = 128  # calibration sequences, as published
@@ -108,6 +109,28 @@ def curve(material: Material) -> Report:
 def glu_variants(material: Material) -> Report:
     """The methods' differences to Wanda, from one gate to the next."""
     return _compared(material, figures.difference_figure)
+
+
+@kind
+def variants(material: Material) -> Report:
+    """Models that differ in their MLPs alone, and what of these goes with DaSS's lead on Wanda."""
+    scored, compared = split(material.runs)
+    full = _compared(replace(material, runs=scored), figures.difference_figure)
+    leads = lead_frame(material.runs)
+    grid = lead_grid(leads, facts_of([*scored, *compared], "evaluation", "pruned", "calibration", "seeds"))
+    draw = (lambda: lead_figure(leads)) if len(leads) else None
+    return Report([grid, *full.grids] if len(leads) else full.grids, draw, leads if len(leads) else full.frame)
+
+
+@kind
+def experts(material: Material) -> Report:
+    """Expert by expert, and the perplexity of the whole."""
+    scored, compared = split(material.runs)
+    full, found = _compared(replace(material, runs=scored), figures.perplexity_figure), expert_frame(compared)
+    if found.empty:
+        return full
+    grid = expert_grid(found, facts_of(compared, "model", "calibration", "seeds"))
+    return Report([grid, *full.grids], lambda: expert_figure(found), found)
 
 
 @kind

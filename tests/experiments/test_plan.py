@@ -34,11 +34,38 @@ def cells(out, method, stage):
 
 @pytest.mark.parametrize("model", PLANNED)
 def test_every_model(capsys, model):
-    out = printed(capsys, f"model={model}")
+    given = OmegaConf.load(CONF / "model" / f"{model}.yaml").architecture
+    many = max(given.get("n_routed_experts", 0), given.get("num_experts", 0), given.get("num_local_experts", 0))
+    fewer = [f"model.architecture.num_hidden_layers={given.num_hidden_layers // 12}"] if many else []  # all are alike
+    out = printed(capsys, f"model={model}", *fewer)
     for method in plan.METHODS:
         assert cells(out, method, "whole run")
     assert "an estimate" in out and "none is measured" in out and "0.4 x peak" in out
-    assert ("8 per token; that experts" in out) == (model == "mixtral_8x7b")
+    assert (f" of {many} per token; that experts" in out) == bool(many)
+    assert ("of an even share |" in out) == bool(many)
+
+
+def row_of(line):
+    """The cells of a line of a table."""
+    return [cell.strip() for cell in line.split("|")][1:-1]
+
+
+def test_one_and_eight_devices(capsys):
+    """405 billion parameters: 812 GB, which one H200 streams and eight hold."""
+    out = printed(capsys, "model=llama31_405b", "device=h200", "evaluation=none")
+    (row,) = [row_of(line) for line in out.splitlines() if "| dass " in line and "(streamed)" in line]
+    assert row[0] == "dass" and float(row[1].split()[0].replace(",", "")) > 812 > 8 * float(row[2].split()[0])
+    assert row[3].endswith("(streamed)") and row[4].endswith((" h", " min")) and "8 x h200" in out
+
+
+def test_what_an_expert_can_expect(capsys):
+    """By hand: 128 x 2048 tokens, 8 of 128 experts each; the widest input has 4096 features."""
+    out = printed(capsys, "model=qwen3_235b", "model.architecture.num_hidden_layers=2")
+    rows = {row[0]: row for row in (row_of(line) for line in out.splitlines() if "even share |" in line)}
+    assert list(rows) == ["wanda", "sparsegpt", "dass"]
+    assert rows["sparsegpt"][1:4] == ["16,384", "4,096", "25.0% of an even share"]
+    assert rows["dass"][1:5] == ["16,384", "32", "0.2% of an even share", "5,120 calibration tokens"]
+    assert rows["dass"][5] == f"{2 * 128 * 2048 * 3 * 4096 * 1536 / 1e12:.3g} TFLOP"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,6 +78,15 @@ def test_what_fits(capsys):
     # 138 GB of weights and their activations: neither one nor the other card holds them
     assert cells(printed(capsys, "model=llama2_70b"), "dass", "whole run")[-1] == "no: 2 x h100 or memory=stream"
     assert cells(printed(capsys, "model=llama2_70b", "device=a100_40gb"), "dass", "whole run")[-1].startswith("no: 4 x")
+
+
+def test_a_model_that_does_not_fit_streams(capsys):
+    out = printed(capsys, "model=llama2_70b", "memory=stream", "disk_gb_s=2")
+    *_, peak, fits = cells(out, "dass", "whole run")
+    # of 80 blocks 0.856e9 weights each two, and the embedding and head; the calibration set's inputs twice, 8.6 GB
+    assert fits == "yes" and 12 < float(peak.split()[0]) < 25
+    assert "Reading all blocks takes 68.5 s" in out and "memory=stream" not in out
+    assert "4.5 GB of weights" in printed(capsys, "model=llama2_70b")
 
 
 def test_evaluation_counts_windows(capsys):
@@ -86,6 +122,7 @@ def test_a_folder_without_weights(capsys, tmp_path):
         (["efficiency=0"], "efficiency=0.0 must be above 0"),
         (["targets=none"], "targets=none is unknown"),
         (["batch_size=0"], "batch_size=0 must be at least 1"),
+        (["memory=auto"], "memory=auto is unknown here: choose resident or stream"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

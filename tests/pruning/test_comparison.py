@@ -307,3 +307,44 @@ def test_refuses_what_one_method_cannot_do_before_anything_runs():
         compare(tiny_model(), chosen, random_tokens())
     with pytest.raises(DassError, match="needs calibration tokens"):
         compare(tiny_model(), pruners(), None)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "llama"])
+def test_each_expert_by_itself(architecture):
+    """Against its equation, on the tokens that the router sends it."""
+    model, input_ids = tiny_model(architecture, dtype=torch.float64), random_tokens(8)
+    chosen = {name: one for name, one in pruners().items() if name in ("dass", "magnitude")}
+    steps = walk(model, input_ids, partial(comparison_needs, chosen), min_expert_tokens=1)
+    for step in steps:
+        found = compare_block(chosen, step.block, step.streams, step.outputs, {}).experts
+        routed = [unit for unit in step.block.units if unit.routed]
+        assert [one.index for one in found] == list(range(len(routed))) and bool(routed) == (architecture != "llama")
+        if not routed:
+            continue
+        experts, seen = routed[0].projections["down"].module, []
+        with experts.register_forward_hook(lambda module, given, output, seen=seen: seen.append(given[:2])):
+            list(step.outputs(0.25))
+        hidden, chosen_by = (torch.cat([one[i] for one in seen]) for i in (0, 1))
+
+        def writes(e, hidden=hidden, chosen_by=chosen_by, experts=experts):
+            x = hidden[(chosen_by == e).any(-1)]
+            gate, up = (x @ experts.gate_up_proj[e].T).chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up @ experts.down_proj[e].T
+
+        dense = [writes(e) for e in range(len(routed))]
+        before = {name: p.clone() for name, p in experts.named_parameters()}
+        for name, pruner in chosen.items():
+            pruner.prune(step.block, step.streams)
+            for e, one in enumerate(found):
+                expected = (writes(e) - dense[e]).square().sum() / dense[e].square().sum()
+                assert one.errors[name] == pytest.approx(expected.item(), rel=1e-4)
+                assert one.tokens == step.streams[routed[e].intermediate].n_tokens
+            for key, p in experts.named_parameters():
+                p.data.copy_(before[key])
+
+
+@pytest.mark.parametrize(("activation", "share"), [("relu", 0.5), ("silu", 0.0)])
+def test_the_share_of_zeros(activation, share):
+    model, input_ids = tiny_model(hidden_act=activation), random_tokens(8)
+    found = compare(model, pruners(), input_ids)["zeros"]
+    assert len(found) == 3 and found == pytest.approx([share] * 3, abs=0.1 if share else 0.0)
