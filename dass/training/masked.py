@@ -68,7 +68,7 @@ class Recipe:
         wanted: list[tuple[str, bool, str]] = [
             ("steps", self.steps >= 0, "at least 1 (0 trains nothing)"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0"),
-            ("warmup", 0 <= self.warmup <= max(self.steps, 0), f"between 0 and steps={self.steps}"),
+            ("warmup", 0 <= self.warmup <= self.steps or not self.steps, f"between 0 and steps={self.steps}"),
             ("batch", self.batch >= 1, "at least 1"),
             ("accumulate", 1 <= self.accumulate <= self.batch, f"between 1 and batch={self.batch}"),
             ("every", self.every >= 1, "at least 1"),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from dass.pruning.adaptive import AdaptivePruner
@@ -49,7 +48,7 @@ def judged(
     not reach, as it was to the dense model; to zeros no criterion would give a chance.
 
     Args:
-        model: pruned, with nothing but zeros where it is.
+        model: pruned, with nothing but zeros where it is; its weights, not adapters, will be trained.
         losses: gives the mean token loss of each held-out window.
 
     Returns:
@@ -58,11 +57,11 @@ def judged(
     """
     fixed = {p.name: p.weight != 0 for block in find_blocks(model) for p in pruner.projections(block)}
 
+    other = copy.deepcopy(model)
+
     def judge(step: int) -> dict[str, Any]:
-        other = copy.deepcopy(model)
-        for module in list(other.modules()):
-            for name in list(getattr(module, "parametrizations", {})):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        for name, weight in model.named_parameters():  # what the masks hide, too
+            other.get_parameter(name.replace("parametrizations.", "").removesuffix(".original")).copy_(weight)
         masks: Mapping[str, Any] = prune_model(other, pruner, calibration)
         now, then = losses(model), losses(other)
         return {
