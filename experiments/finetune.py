@@ -4,7 +4,7 @@ import copy
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -65,7 +65,7 @@ def main(config: DictConfig) -> None:
         "model": model_identity(plain.model),
         "masks": plain.masks and file_sha256(Path(plain.masks) / MASKS_FILE),
     }
-    given = {name: asdict(getattr(plain, name)) for name in ("calibration", "evaluation", "finetune")}
+    given: dict[str, Any] = {name: asdict(getattr(plain, name)) for name in ("calibration", "evaluation", "finetune")}
     for part in ("calibration", "evaluation"):
         del given[part]["path"]
     given |= {"dtype": plain.model.dtype, "teacher": plain.teacher, "seed": plain.seed}
@@ -92,7 +92,8 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     sequences = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
     evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
     model = load_model(source, revision, "float32", device)
-    for what, tokens in (("The training tokens", sequences), ("The evaluation windows", evaluation.windows)):
+    windows = cast(torch.Tensor, evaluation.windows)  # of a text, and nothing else passes _checked
+    for what, tokens in (("The training tokens", sequences), ("The evaluation windows", windows)):
         require_in_vocabulary(tokens, model.get_input_embeddings().weight.shape[0], what)
         require_positions(model, tokens.shape[1], what)
     teacher = _teacher(config, model, device)
