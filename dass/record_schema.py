@@ -256,6 +256,18 @@ class Diagnostics(Part):
         return self
 
 
+class Evaluated(Part):
+    """What was said of a model in training, and of the mask that its method would choose then."""
+
+    step: Count
+    loss: NotNegative
+    windows: list[NotNegative]
+    overlap: Share
+    exchanged: NotNegative
+    exchanged_windows: list[NotNegative]
+    training_loss: NotNegative | None = None
+
+
 class Record(Part):
     """A record: what a report reads of it."""
 
@@ -272,6 +284,7 @@ class Record(Part):
     files: dict[str, str]
     failed: dict[str, str]
     diagnostics: Diagnostics | None = None
+    training: list[Evaluated] | None = None
 
 
 @contextlib.contextmanager

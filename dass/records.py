@@ -1,6 +1,6 @@
 """One JSON file per run: its identity, its file, and all of them as a table.
 
-A record has the keys in `RECORD_KEYS`, and where they apply `calibration`, `experts` and `diagnostics`.
+A record has the keys in `RECORD_KEYS`, and where they apply `calibration`, `experts`, `training` and `diagnostics`.
 """
 
 import hashlib

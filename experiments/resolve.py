@@ -10,12 +10,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dass.errors import DassError
+from dass.evaluation.door import ZERO_SHOT
 from dass.models import resolve_device, resolve_dtype
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
 from experiments.app import typed
 from experiments.bounds import require_plain
-from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, pinned, source_of
+from experiments.fingerprint import Fingerprint, calibrates, fingerprint_of, pinned, source_of
 from experiments.methods import Pruner, pruners_of
 from experiments.schema import PruneConfig
 
@@ -44,7 +45,7 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether the run reads any calibration tokens."""
-        return any(map(needs_calibration, self.pruners.values()))
+        return calibrates(self.config, self.pruners)
 
     @cached_property
     def device(self) -> torch.device:
@@ -88,6 +89,8 @@ def check(config: DictConfig) -> Plan:
     plan = Plan(plain, composed, pruners_of(plain))
     writes = " and ".join(name for name in ("masks", "save_model") if getattr(plain, name) is not None)
     known_words = words is None or (isinstance(words, dict) and all(isinstance(word, str) for word in words.values()))
+    trains, tuning = plain.finetune.steps > 0, f"finetune.steps={plain.finetune.steps}"
+    orders = {pruner.method.order for pruner in plan.pruners.values()}
     for fits, sentence in (
         (model.name != "local" or model.path is not None, "model=local needs a folder: give `model.path=DIR`."),
         (len(given) == 1, f"model={model.name} must set one of {', '.join(MODEL_SOURCES)}; it sets {given or 'none'}."),
@@ -98,6 +101,14 @@ def check(config: DictConfig) -> Plan:
         (experts is None or experts >= 1, f"calibration.min_expert_tokens={experts} must be at least 1."),
         (not (plan.compares and writes), f"{writes} has nothing to write where methods are only compared: choose one."),
         (plan.pruners or plain.masks is None, "masks=DIR has nothing to write for the dense model: choose a method."),
+        (not trains or (plan.pruners and not plan.compares), f"{tuning} has no mask to train under: choose a method."),
+        (not trains or (scores and plain.evaluation.name not in ZERO_SHOT), f"{tuning} is judged by a text: choose an evaluation."),
+        (not trains or plain.memory != "stream", f"{tuning} needs the whole model in memory: set memory=resident."),
+        (not trains or "released" in orders, f"{tuning} follows a mask in the released order: set method.order."),
+        (
+            not trains or (plain.finetune.loss == "next" and not plain.finetune.lora_rank),
+            f"{tuning} trains the weights on the text here: distillation and LoRA are for experiments.finetune.",
+        ),
         (not (plan.compares and scores), "method=compare leaves the model dense: set evaluation=none."),
     ):
         if not fits:
