@@ -8,7 +8,7 @@ EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-ex
 	ablation-granularity ablation-calibration ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair experiments tables site train-tiny test \
+.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair stability experiments tables site train-tiny test \
 	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-gpu
 
 help: ## list the targets
@@ -62,7 +62,9 @@ table-scale: ## the methods over models of 135 million to 1.5 billion parameters
 
 table-repair: ## masks without and with each repair: what is left of the differences between criteria; long, too
 
-$(EXPERIMENTS) table-scale table-repair: $(READY)
+stability: ## whether the chosen weights stay the right ones when training goes on; long, too
+
+$(EXPERIMENTS) table-scale table-repair stability: $(READY)
 	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
 	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
 	$(BIN)/python -m experiments.report experiment=$$experiment scale=$(SCALE) log_to=wandb || status=$$?; \

@@ -282,6 +282,18 @@ class Audit(Part):
     disk: dict[str, Size]
 
 
+class Evaluated(Part):
+    """What was said of a model in training, and of the mask that its method would choose then."""
+
+    step: Count
+    loss: NotNegative
+    windows: list[NotNegative]
+    overlap: Share
+    exchanged: NotNegative
+    exchanged_windows: list[NotNegative]
+    training_loss: NotNegative | None = None
+
+
 class Record(Part):
     """A record: what a report reads of it."""
 
@@ -299,6 +311,7 @@ class Record(Part):
     failed: dict[str, str]
     diagnostics: Diagnostics | None = None
     audit: Audit | None = None
+    training: list[Evaluated] | None = None
 
 
 @contextlib.contextmanager

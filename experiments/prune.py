@@ -52,6 +52,7 @@ from experiments.outputs import command_of, destination, is_written, save, save_
 from experiments.public import public, public_text
 from experiments.resolve import Plan, check, loads, streams
 from experiments.scratch import claimed_run, scratch_folder
+from experiments.training import dense_of, text_of, train_on
 from experiments.walked import Log, Walked, audited, counted, prune
 from report.reading import runs_of
 
@@ -169,26 +170,32 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
         with stages.measure("calibration"):
             calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
-    evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
+    evaluation, text = door.prepare(tokenizer=tokenizer, **vars(config.evaluation)), text_of(plan, tokenizer)
     tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
         model, shelf = load(plan, source, scratch if is_streamed else None)
         require_unchanged(plan)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", evaluation.windows)):
+    read = {"calibration tokens": calibration, "training tokens": text, "evaluation windows": evaluation.windows}
+    for what, tokens in read.items():
         if tokens is not None:
-            require_in_vocabulary(tokens, vocabulary, what)
-            require_positions(model, tokens.shape[1], what)
+            require_in_vocabulary(tokens, vocabulary, f"The {what}")
+            require_positions(model, tokens.shape[1], f"The {what}")
 
     machine, versions = machine_description(plan.device), package_versions()
     kept = Kept(scratch, identity_of({"machine": machine, "versions": versions, "code": code_sha256()}))
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
+    history: list[dict[str, Any]] = []
     if plan.pruners:
+        dense = dense_of(plan, model) if text is not None else {}
         with stages.measure("pruning"):
             walked = prune(plan, model, shelf, kept, calibration, log)
         if kept.state is not None:
             stages.add("pruning", kept.state.seconds)
-        calibration = None
+        if text is not None:
+            with stages.measure("training"):
+                history = train_on(plan, model, dense, calibration, text, evaluation, kept, log)
+        calibration = text = None
         release_freed_memory()
         # what is scored is what is saved, in the source's own dtype
         round_to(model, resolve_dtype(config.model.dtype, source, revision))
@@ -215,6 +222,8 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         record["experts"] = walked.rare
     if (audit := audited(plan, model, shelf)) is not None:
         record["audit"] = audit
+    if history:
+        record["training"] = history
     if plan.compares:
         record["diagnostics"] = diagnostics(walked.measured)
     problems = attempt(record, "masks", partial(save_masks, plan, walked.masks, record))
