@@ -29,10 +29,10 @@ setup-ray: $(READY) ## add what hydra/launcher=ray needs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray>=2.50'
 
 pins: ## pin what pyproject.toml asks for, with uv; what is pinned stays, unless UPGRADE=--upgrade
-	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --extra dev --extra slurm $(UPGRADE) \
-		--output-file constraints.txt pyproject.toml
-	@{ echo '# Made by `make pins`: what pyproject.toml asks for with its extras dev and slurm, without what only a CUDA'; \
-		echo '# build of torch brings; that is pinned by constraints.txt, and so asked for by nobody on a CPU.'; \
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --extra dev --extra slurm --extra finetune \
+		$(UPGRADE) --output-file constraints.txt pyproject.toml
+	@{ echo '# Made by `make pins`: what pyproject.toml asks for with its extras dev, slurm and finetune, without what only a'; \
+		echo '# CUDA build of torch brings; that is pinned by constraints.txt, and so asked for by nobody on a CPU.'; \
 		echo '--constraint constraints.txt'; grep -vE '$(CUDA)' constraints.txt; } > requirements.txt
 
 reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a table and a figure in outputs/reproduce
