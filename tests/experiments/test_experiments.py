@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
@@ -15,15 +16,19 @@ from omegaconf import OmegaConf
 from dass.errors import DassError
 from dass.manifests import read_manifest
 from dass.records import read_record
+from dass.sparsity import read_masks
 from experiments import prune
 from experiments.app import CONF
 from experiments.public import public
 from experiments.resolve import check
 from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
+from report.grid import MISSING
 from report.kinds import KINDS
 from report.reading import runs_of
+from report.repair import UPDATES
 from tests.experiments.test_prune import ROOT, command, records, setting  # noqa: F401  (a fixture)
+from tests.report.test_kinds import material
 
 PAPER = {  # the paper's models, methods and settings, counted by hand
     "table1_perplexity": 6 * (1 + 4 * 3 + 4 * 2 * 3),
@@ -226,3 +231,29 @@ def test_the_composed_config_is_what_a_record_holds(setting, hydra, tmp_path):  
     expected = public(OmegaConf.to_container(config, resolve=True))
     expected["evaluation"]["bos"] = "tokenizer"  # nobody said it: what it was found to be
     assert record["config"] == expected and resolved["dtype"] == "float32"
+
+
+def test_the_repairs_of_an_experiment(hydra, setting, tmp_path):  # noqa: F811
+    """Its own runs of one method on a tiny model: what each repair may change, what it must not, and the table."""
+    _, jobs, _ = sweep_of("table_repair", "small")
+    jobs = [[one for one in job if not one.startswith("model=")] for job in jobs]
+    jobs = [job for job in jobs if {"method=wanda", "sparsity=2of4"} <= set(job)][::3]  # there are three models
+    sizes, keep = ["calibration.n_sequences=null", "evaluation.n_windows=null"], {}
+    for job in jobs:
+        folder = tmp_path / "masks" / str(len(keep))
+        config = compose("prune", [*job, *setting, *sizes, f"masks={folder}"])
+        prune.main(config)
+        keep[config.method["update"]] = read_masks(folder)[0]["model.layers.0.mlp.up_proj"].keep
+    found = {one["config"]["method"]["update"]: one for one in records(tmp_path)}
+    assert found.keys() == keep.keys() == set(UPDATES)
+    for update, record in found.items():
+        assert record["sparsity"]["targeted"] == 0.5 and runs_of([record])
+        facts = record["sparsity"]["projections"].values()
+        assert all(("damping" in one) == (update in ("obs", "swap_obs")) for one in facts)
+        assert all(("mlp_error_after" in one) == (update == "mlp") for one in facts)
+        assert all(one["mlp_error_after"] < one["mlp_error_before"] for one in facts if update == "mlp")
+    assert len({tuple(record["windows"]) for record in found.values()}) == len(UPDATES)  # each does something
+    same = [("none", "obs"), ("none", "mlp"), ("swap", "swap_obs"), ("none", "swap")]
+    assert [torch.equal(keep[one], keep[other]) for one, other in same] == [True, True, True, False]
+    table = KINDS["repair"](material(*records(tmp_path))).grids[0].frame
+    assert list(table.Method) == ["wanda"] and not (table == MISSING).any(axis=None)
