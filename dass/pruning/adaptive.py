@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dass.distributed import everyone
 from dass.errors import DassError
 from dass.pruning.blocks import Block, Projection, Unit
 from dass.pruning.method import Method
@@ -103,14 +104,16 @@ class AdaptivePruner:
 def squared_error(dense: list[Tensor], outputs: Iterator[Tensor]) -> float:
     """||Y' - Y||^2 over the outputs of a block; infinite where it is no number, so that no candidate wins by that.
 
-    The batches of Y' may be smaller than those of Y, where the memory of the device did not suffice.
+    The batches of Y' may be smaller than those of Y, where the memory of the device did not suffice. Summed over the
+    processes of a run, of which some may have no outputs.
     """
     parts, left = [], list(dense)
     for one in outputs:
         whole = left.pop(0)
         left[:0] = [whole[len(one) :]] if len(one) < len(whole) else []
         parts.append((one.float() - whole[: len(one)].float()).square().sum())
-    return float(torch.stack(parts).sum().nan_to_num(nan=math.inf, posinf=math.inf))
+    error = float(torch.stack(parts).sum().nan_to_num(nan=math.inf, posinf=math.inf)) if parts else 0.0
+    return sum(everyone(error))
 
 
 def _weights(unit: Unit) -> dict[str, Tensor]:
