@@ -162,6 +162,7 @@ class Machine(OpenPart):
     threads: Size
     memory_gb: Measured
     gpu: str | None
+    processes: Size | None = None  # that did it together, where there were several
 
 
 class Stage(OpenPart):

@@ -30,8 +30,10 @@ class Call:
     keywords: dict[str, Any]
 
     def __call__(self, block: Block, hidden: Tensor) -> Tensor:
-        """Run the block on hidden states `(batch, seq_len, d)`."""
-        output = block.module(hidden, *self.arguments, **self.keywords)
+        """Run the block on hidden states `(batch, seq_len, d)`, on the device where its weights are."""
+        to_block = partial(Tensor.to, device=next(block.module.parameters()).device)
+        arguments, keywords = tree_map_only(Tensor, to_block, (self.arguments, self.keywords))
+        output = block.module(to_block(hidden), *arguments, **keywords)
         return output[0] if isinstance(output, tuple | list) else output
 
     def in_dtype(self, dtype: torch.dtype) -> "Call":
@@ -54,6 +56,8 @@ class Activations:
     """Hidden states, `(batch, seq_len, d)` each, in the model's dtype."""
     calls: list[list[Call]] = field(default_factory=list)
     """For each batch, the call of every block; batches in a row that the model calls alike share them."""
+    n_sequences: int = 0
+    """Of all batches, and of all processes of a run."""
     tail: tuple[Any, ...] | None = None
     """What else a block returns beside the hidden states; None where it returns them alone."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dass.distributed import all_reduce, everyone
 from dass.errors import DassError, finite, require_finite
 
 HESSIAN_BLOCK = 256  # features; smaller blocks save more of the product's lower half, larger ones multiply faster
@@ -90,6 +91,15 @@ def full_fp32() -> Iterator[None]:
 
 Streams = dict[str, InputStream]
 """The statistics of a block's inputs, by what its projections read (`Projection.reads`)."""
+
+
+def add_up(streams: Streams) -> Streams:
+    """Sum statistics over the processes of a run, in place: each has seen its share of the sequences."""
+    counts = everyone([(stream.n_tokens, stream.n_sequences) for stream in streams.values()])
+    for stream, own in zip(streams.values(), zip(*counts, strict=True), strict=True):
+        stream.n_tokens, stream.n_sequences = map(sum, zip(*own, strict=True))
+        all_reduce(stream._products)
+    return streams
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,9 @@ def test_a_threshold_for_experts_without_experts_is_a_note(setting, capsys):  # 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        (["model.device_map=cuda"], "model.device_map=cuda is unknown: choose auto or null"),
+        (["model.device_map=auto", "memory=stream"], "takes all GPUs and no disk"),
+        (["model.device_map=auto", "device=cpu"], "takes all GPUs and no disk"),
         (["method=dense", "method.name=mine"], "The method mine has no criterion"),
         (["method=wanda", "method.name=dense"], "method.name=dense is the name of what is not pruned"),
         (["method=compare", "method.methods=7"], "at least two"),
@@ -293,6 +296,6 @@ def test_a_threshold_for_experts_without_experts_is_a_note(setting, capsys):  # 
         (["method=adaptive", "method.candidates=[dass,{name: wanda, alpha: 1}]"], "alpha has no effect on wanda"),
     ],
 )
-def test_methods_that_are_named_wrongly(given, says):
+def test_methods_and_places_that_are_named_wrongly(given, says):
     with pytest.raises(DassError, match=says):
         check(composed(*given, "evaluation=none"))
