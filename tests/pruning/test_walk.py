@@ -268,6 +268,25 @@ def test_same_tokens_give_the_same_bits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("criterion", ["wanda", "dass", "obs"])
+@torch.no_grad()
+def test_one_thread_or_two(criterion):
+    """Norms are the same bits; products of Hessians are summed in another order, which SparseGPT amplifies."""
+    axis = {**ALONG_INPUTS, "gate": "out", "up": "out"} if criterion == "dass" else ALONG_INPUTS
+    pruner = BlockPruner(Method(criterion, axis, NM(2, 4), "obs" if criterion == "obs" else "none"))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = tiny_model(hidden_size=128, intermediate_size=352, num_hidden_layers=1)
+            masks = prune_model(model, pruner, random_tokens(8, 64), 4)
+            found.append(torch.cat([mask.keep.flatten() for mask in masks.values()]))
+    finally:
+        torch.set_num_threads(before)
+    differ = (found[0] != found[1]).float().mean()
+    assert differ == 0 if criterion != "obs" else differ < 1e-3
+
+
 def test_excluded_projections_stay_dense():
     model, dense = tiny_model(), tiny_model()
     masks = prune_model(model, BlockPruner(WANDA, exclude=r"layers\.1\.|up_proj"), random_tokens())
