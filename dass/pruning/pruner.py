@@ -243,25 +243,26 @@ class BlockPruner:
             require_finite(weight, f"The updated weights of {p.name}", answers)
             if method.update != "none":
                 stored = self.stored or p.weight.dtype
-                answers.append((_too_large(p, stored), finite(weight.to(stored))))
+                answers.append((partial(_too_large, p, stored), finite(weight.to(stored))))
         return [Pruned(p, mask, *damping) for p, (_, mask) in zip(group, result, strict=True)]
 
     def _statistics(self, block: Block, group: list[Projection], streams: Streams, answers: Answers) -> Statistics:
         """What the group's method may ask for."""
         names = " and ".join(p.name for p in group)
         stream, unit = streams.get(group[0].reads), block.unit_of(group[0])
-        seen = unit is not None and unit.intermediate in streams
+        hidden = streams.get(unit.intermediate) if unit else None
         needs = {name for p in group for name in self.method.needs_for(p.role)}
         statistics = Statistics(
             input_norm=stream.norm() if stream else None,
-            intermediate_norm=streams[unit.intermediate].norm() if unit and seen else None,
+            intermediate_norm=hidden.norm() if hidden else None,
             # the stream may hold a Hessian for another method's sake
             hessian=stream.hessian if stream and "hessian" in needs else None,  # type: ignore[arg-type]
             name=names,
         )
-        for name in ("input_norm", "intermediate_norm"):
-            if statistics.has(name):
-                require_finite(getattr(statistics, name), f"The calibration statistics of {names} ({name})", answers)
+        for name, seen in (("input_norm", stream), ("intermediate_norm", hidden)):
+            if seen:
+                what = f"The calibration statistics of {names} ({name})"
+                require_finite(getattr(statistics, name), what, answers, seen.since)
         return statistics
 
     def _own(self, p: Projection, statistics: Statistics) -> Statistics:

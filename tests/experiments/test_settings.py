@@ -218,6 +218,10 @@ def test_a_home_inside_the_working_folder_is_not_shown(tmp_path, monkeypatch):
     for text in (f"{tmp_path}/me/x", "~/x"):
         assert public(text) == "…/x" and public_text(f"see {text}") == "see …/x"
     assert public(f"{tmp_path}/other/x") == "other/x"
+    for text in ("s3://key:secret@bucket/a/x", "gs://bucket/x?sig=1", "S3A://bucket/x", "ssh://me@host/x"):
+        assert public(text) == "…/x" and public_text(f"see {text} there") == "see …/x there"
+    assert public_text("at https://me:token@host/x?sig=1, y") == "at https://host/x y"
+    assert public_text("at https://huggingface.co/a/b") == "at https://huggingface.co/a/b"
 
 
 @pytest.mark.parametrize("command", ["prune -m dry_run=true method=dense,dass", "report output={}"])
