@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dass.errors import DassError, first_line, one_line, told
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOM = 50_000_000
 """Bytes that a run's files may take."""
@@ -111,10 +112,11 @@ def log_record(mirror: Mirror, record: dict[str, Any]) -> None:
     mirror.do(log)
 
 
-def log_report(mirror: Mirror, name: str, frame: pd.DataFrame, figures: list[Path]) -> None:
+def log_report(mirror: Mirror, name: str, frame: "pd.DataFrame", figures: list[Path]) -> None:
     """The numbers and the figures (PNG files) that were made of an experiment's records."""
 
     def log(run: Any) -> None:
+        import pandas as pd  # 30 MB that few runs need
         import wandb
 
         rows = [[None if pd.isna(value) else value for value in row] for row in frame.to_numpy(dtype=object)]
