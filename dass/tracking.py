@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dass.errors import DassError, first_line, one_line, told
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOM = 50_000_000
 """Bytes that a run's files may take."""
@@ -115,10 +116,11 @@ def log_record(mirror: Mirror, record: dict[str, Any]) -> None:
     mirror.do(log)
 
 
-def log_report(mirror: Mirror, name: str, frame: pd.DataFrame, figures: list[Path]) -> None:
+def log_report(mirror: Mirror, name: str, frame: "pd.DataFrame", figures: list[Path]) -> None:
     """The numbers and the figures (PNG files) that were made of an experiment's records."""
 
     def log(run: Any) -> None:
+        import pandas as pd  # 30 MB that few runs need
         import wandb
 
         _log_table(run, name, frame)

@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -38,6 +37,9 @@ from dass.training.tiny import (
     training_documents,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 BETAS = (0.9, 0.95)  # of AdamW
 MAX_GRADIENT_NORM = 1.0
 HELD_OUT_WINDOWS = 32
@@ -58,8 +60,10 @@ class Point:
     held_out_loss: float
 
 
-def training_curve(recipe: Recipe) -> pd.DataFrame:
+def training_curve(recipe: Recipe) -> "pd.DataFrame":
     """How the training of a model went: the columns are the fields of `Point`; DassError if it is not there."""
+    import pandas as pd  # 30 MB that a run does not need
+
     return pd.read_csv(_curve_file(trained_model(recipe)))
 
 
@@ -85,6 +89,8 @@ def train(recipe: Recipe, log: Callable[[dict[str, Any]], None] = lambda point: 
     folder, fingerprint = model_folder(recipe), identity_of(recipe_identity(recipe))
     kept = folder.with_name(f".{folder.name}.safetensors")
     model, curve = fit(recipe, token_stream(documents, tokenizer), windows, kept, log)
+    import pandas as pd
+
     last = curve[-1]
     ended = f"{last.epoch:.1f} epochs, training loss {last.training_loss:.3f}, held-out loss {last.held_out_loss:.3f} "
     ended += f"(perplexity {math.exp(last.held_out_loss):.1f})"
