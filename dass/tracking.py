@@ -104,6 +104,8 @@ def log_record(mirror: Mirror, record: dict[str, Any]) -> None:
     """Metrics, sparsity and stages in the summary, and the metrics as a table."""
 
     def log(run: Any) -> None:
+        import pandas as pd  # 30 MB that few runs need
+
         for metric in record["metrics"]:
             run.summary[f"{metric['dataset']}/{metric['metric']}"] = metric["value"]
         for name in ("targeted", "mlp", "linear", "total"):
@@ -120,7 +122,6 @@ def log_report(mirror: Mirror, name: str, frame: "pd.DataFrame", figures: list[P
     """The numbers and the figures (PNG files) that were made of an experiment's records."""
 
     def log(run: Any) -> None:
-        import pandas as pd  # 30 MB that few runs need
         import wandb
 
         _log_table(run, name, frame)
@@ -130,7 +131,7 @@ def log_report(mirror: Mirror, name: str, frame: "pd.DataFrame", figures: list[P
     mirror.do(log)
 
 
-def _log_table(run: Any, name: str, frame: pd.DataFrame) -> None:
+def _log_table(run: Any, name: str, frame: "pd.DataFrame") -> None:
     """A table as a file of the run; wandb's own tables lie in the user's home, and the run would tell where."""
     import wandb
 
