@@ -9,7 +9,7 @@ EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-ex
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair experiments tables site train-tiny test \
-	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-gpu
+	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-speed benchmark-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-21s %s\n", $$1, $$2}'
@@ -106,6 +106,9 @@ benchmark-memory: $(READY) ## peak memory of models that are streamed from disk,
 
 benchmark-scaling: $(READY) ## the streamed walk over width, depth and tokens beside the plan, results/benchmark_scaling.md
 	$(BIN)/python -m benchmarks.scaling
+
+benchmark-speed: $(READY) ## dense against 2:4 products on a GPU, into results/benchmark_speed.md
+	$(BIN)/python -m benchmarks.speed
 
 benchmark-gpu: $(READY) ## the same on a GPU with a random model of LLaMA2-7B's shape, into results/benchmark_gpu.md
 	$(BIN)/python -m benchmarks.walk --gpu
