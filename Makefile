@@ -8,7 +8,7 @@ EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-ex
 	ablation-granularity ablation-calibration ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair experiments tables site train-tiny test \
+.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair table-hardware experiments tables site train-tiny test \
 	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-speed benchmark-gpu
 
 help: ## list the targets
@@ -59,10 +59,11 @@ diagnostics: ## errors, overlap of masks and spread of norms, block by block
 
 ablation-order: ## the order of the neurons: released, random, spread, matched
 table-scale: ## the methods over models of 135 million to 1.5 billion parameters; long, and not one of `experiments`
+table-hardware: ## what it costs to comply with sparse tensor cores; long, too
 
 table-repair: ## masks without and with each repair: what is left of the differences between criteria; long, too
 
-$(EXPERIMENTS) table-scale table-repair: $(READY)
+$(EXPERIMENTS) table-scale table-repair table-hardware: $(READY)
 	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
 	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
 	$(BIN)/python -m experiments.report experiment=$$experiment scale=$(SCALE) log_to=wandb || status=$$?; \
