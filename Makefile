@@ -75,6 +75,7 @@ experiments: $(READY) ## all of them
 tables: $(READY) ## rebuild all tables and figures of results/ and docs/reproduction.md from the records, without a model
 	$(BIN)/python -m experiments.report experiment=all scale=$(SCALE)
 	$(BIN)/python -m experiments.report page=docs/reproduction.template.md
+	$(BIN)/python -m report.axes
 
 site: $(READY) ## all tables, figures and records as one page for a browser, outputs/site/index.html
 	$(BIN)/python -m experiments.report site=outputs/site
