@@ -273,14 +273,20 @@ class Diagnostics(Part):
         return self
 
 
+class Bounds(Part):
+    """The most that decoding can gain."""
+
+    packed: Annotated[float, Field(ge=1)]
+    bitmask: Annotated[float, Field(ge=1)]
+
+
 class Audit(Part):
     """What hardware can make of the zeros, as `dass/audit.py` tells it."""
 
-    status: str
+    status: Word
+    helps: Word
     prefill: Annotated[float, Field(ge=1)]
-    decode: dict[str, Annotated[float, Field(ge=1)]]
-    read: dict[str, Size]
-    disk: dict[str, Size]
+    decode: Bounds
 
 
 class Record(Part):
