@@ -40,9 +40,8 @@ from dass.training.tiny import (
 
 BETAS = (0.9, 0.95)  # of AdamW
 MAX_GRADIENT_NORM = 1.0
-HELD_OUT_WINDOWS = 32
+HELD_OUT_WINDOWS = 16
 POINTS = 10  # of a curve
-BALANCE = 0.02  # weight of the loss that keeps a router from sending all tokens to one expert
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def fit(
     peaks = (recipe.matrix_learning_rate, recipe.learning_rate)
     curve = restored(kept, model, optimizers)
     first, losses = curve[-1].step if curve else 0, []
-    extra = {"output_router_logits": True, "router_aux_loss_coef": BALANCE} if recipe.experts else {}
+    extra = {"output_router_logits": True} if recipe.experts else {}  # for the loss that balances the router
     bar = progress(range(first, recipe.steps), f"training {recipe.name}", "step")
     for step in bar:
         for optimizer, peak in zip(optimizers, peaks, strict=True):
