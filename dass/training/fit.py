@@ -113,6 +113,7 @@ def fit(
     """
     starts = batches(recipe, len(tokens))
     model = initial_model(recipe).train()
+    model.set_experts_implementation("eager")  # grouped products in 16 bits want widths that are multiples of 8
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim >= 2]
     others = [p for name, p in model.named_parameters() if ".layers." not in name or p.ndim < 2]
     optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)]
