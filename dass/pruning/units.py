@@ -26,25 +26,27 @@ class Expert:
 
 @dataclass(frozen=True)
 class Written:
-    """What the MLPs of a block wrote."""
+    """What the experts of a block wrote, and what all of its MLPs read."""
 
     outputs: dict[str, Tensor]
-    """By unit, `(its tokens, out_features)`, without a bias; a unit that saw no token is absent."""
+    """By expert, `(its tokens, out_features)`, without a bias; one that saw no token is absent."""
     zeros: float
     """The share of exact zeros in what the down projections read, the intermediate activations."""
 
 
 @torch.no_grad()
 def written(block: Block, outputs: Outputs, share: float) -> Written:
-    """What the MLPs of a block write with their weights as they are, for this share of the calibration sequences."""
+    """What the experts of a block write with their weights as they are, for this share of the calibration sequences."""
     parts: dict[str, list[Tensor]] = {}
     zeros = read = 0
 
     def keep(p: Projection, _: Tensor, x: Tensor) -> None:
         nonlocal zeros, read
         unit = block.unit_of(p)
-        if unit is not None and p.role == "down" and x.numel():
-            zeros, read = zeros + int((x == 0).sum()), read + x.numel()
+        if unit is None or p.role != "down" or not x.numel():
+            return
+        zeros, read = zeros + int((x == 0).sum()), read + x.numel()
+        if unit.routed:
             parts.setdefault(unit.name, []).append(x.flatten(0, -2) @ p.weight.T)
 
     with Watch(block, keep):
