@@ -65,7 +65,7 @@ def main(config: DictConfig) -> None:
         "model": model_identity(plain.model),
         "masks": plain.masks and file_sha256(Path(plain.masks) / MASKS_FILE),
     }
-    given = {name: asdict(getattr(plain, name)) for name in ("calibration", "evaluation", "finetune")}
+    given: dict[str, Any] = {name: asdict(getattr(plain, name)) for name in ("calibration", "evaluation", "finetune")}
     for part in ("calibration", "evaluation"):
         del given[part]["path"]
     given |= {"dtype": plain.model.dtype, "teacher": plain.teacher, "seed": plain.seed}
@@ -91,6 +91,7 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
     sequences = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
     evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
+    assert evaluation.windows is not None  # it is a text
     model = load_model(source, revision, "float32", device)
     for what, tokens in (("The training tokens", sequences), ("The evaluation windows", evaluation.windows)):
         require_in_vocabulary(tokens, model.get_input_embeddings().weight.shape[0], what)

@@ -136,10 +136,10 @@ def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
         going = good.any(1) & (made < layer.most * w.shape[1])
         if not going.all():
             found[left[~going]] = kept[~going]
-            left, w, kept, energy, pull, least, made, good, *one = (
+            left, w, kept, energy, pull, least, made, good, *going_on = (
                 x[going] for x in (left, w, kept, energy, pull, least, made, good, *one)
             )
-            one = Exchanges(*one)
+            one = Exchanges(*going_on)
         made += good.sum(1)
         island = good.nonzero()[:, 0]
         for at, sign in ((one.out[good], 1), (one.into[good], -1)):
@@ -178,7 +178,7 @@ def _proposed(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor, count: int) -
             return found
         best = found.change.argmin(1, keepdim=True)
         return Exchanges(*(x.gather(1, best) for x in (found.out, found.into, found.change)))
-    p, q, change = _within_rows(layer, *(x.flatten(0, 1) for x in (w, cost, gain)), count)
+    p, q, change = _within_rows(layer, w.flatten(0, 1), cost.flatten(0, 1), gain.flatten(0, 1), count)
     if layer.axis == "in":
         return Exchanges(p[:, None], q[:, None], change[:, None])
     # the k-th cheapest row to lose a weight with the k-th best to regain one; the best of all where both are one row

@@ -83,7 +83,12 @@ def test_every_experiment_is_counted_here_and_has_a_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = makefile.split("EXPERIMENTS := ")[1].split("\n\n")[0].replace("\\\n", " ").split("\n")[0].split()
     names = {"table1_perplexity" if target == "table1" else target.replace("-", "_") for target in targets}
-    assert names == set(PAPER) - {"reproduce", "table_scale", "table_repair", "table_hardware"}  # one is quick, the others long
+    assert names == set(PAPER) - {
+        "reproduce",
+        "table_scale",
+        "table_repair",
+        "table_hardware",
+    }  # one is quick, the others long
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))
