@@ -23,7 +23,7 @@ from dass.evaluation.perplexity import perplexity, window_losses
 from dass.pruning import pruner as pruning
 from dass.pruning import statistics
 from dass.pruning.adaptive import AdaptivePruner
-from dass.pruning.calls import Call
+from dass.pruning.call import Call
 from dass.pruning.comparison import compare_block, comparison_needs
 from dass.pruning.masks import NM, Mask, Unstructured
 from dass.pruning.method import Method

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.pruning.blocks import Block, Projection, Unit
-from dass.pruning.calls import Activations, Call
+from dass.pruning.call import Call
+from dass.pruning.calls import Activations
 from dass.pruning.parked import Parked
 from dass.pruning.products import Stop, Watch, extent_of
 from dass.pruning.pruner import Needs

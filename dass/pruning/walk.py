@@ -22,7 +22,8 @@ from dass.errors import DassError
 from dass.memory import Halved, attempted, note_halved
 from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import Block, Hold, resident
-from dass.pruning.calls import Activations, Call, enter_first_block, halve, outputs_of
+from dass.pruning.call import Call
+from dass.pruning.calls import Activations, enter_first_block, halve, outputs_of
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
