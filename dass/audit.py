@@ -182,6 +182,7 @@ def as_dict(audit: Audit) -> dict[str, Any]:
     kinds, found = dict[str, dict[str, Any]](), audit.projections.values()
     for name, one in audit.projections.items():
         facts = {key: value for key, value in asdict(one).items() if key != "sparsity"}  # which a record has already
+        facts["groups"] = None if one.groups is None or one.status == DENSE else round(one.groups, 4)
         facts |= {"axis": one.axis, "shape": list(one.shape), "kernels": list(one.kernels)}
         kinds.setdefault(repr(facts), facts | {"projections": []})["projections"].append(name)
     return {

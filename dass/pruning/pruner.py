@@ -12,7 +12,7 @@ from torch import Tensor
 from dass.errors import Answers, DassError, finite, require_all, require_finite
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
 from dass.pruning.criteria import CRITERIA
-from dass.pruning.masks import NM, Mask, keep_most_important, select_mask
+from dass.pruning.masks import NM, Mask, keep_most_important, require_divisible, select_mask
 from dass.pruning.method import Method
 from dass.pruning.mlp import reconstructed
 from dass.pruning.order import ORDERS, Neurons, heads_of, move, reorder, seeded
@@ -102,14 +102,7 @@ class BlockPruner:
         if not projections:
             raise DassError(f"exclude={self.exclude} leaves nothing to prune: narrow it.", field="exclude")
         for p in projections:
-            axis, (outputs, inputs) = self.method.axis_for(p.role), p.weight.shape
-            for width in {"out": (outputs,), "both": (inputs, outputs)}.get(axis, (inputs,)):
-                if isinstance(self.method.pattern, NM) and width % self.method.pattern.m:
-                    raise DassError(
-                        f"{p.name} is {width} wide along '{axis}', which M={self.method.pattern.m} does not divide: "
-                        f"choose another pattern or leave the layer out with `exclude`.",
-                        field="sparsity",
-                    )
+            require_divisible(p.weight, self.method.pattern, self.method.axis_for(p.role), p.name)
 
     def needs(self, block: Block) -> Needs:
         """What must be seen in this block."""
