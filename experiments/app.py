@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dass.distributed import joined
+from dass.distributed import joined, world
 from dass.errors import DassError, one_line
 from dass.terminal import leave, printing
 from experiments.arguments import prepared
@@ -24,6 +24,8 @@ from experiments.signals import exit_on_signals
 
 CONF = Path(__file__).parent.parent / "conf"
 Settings = TypeVar("Settings")
+SHARED = ("prune", "evaluate")
+"""What several processes do together, under torchrun."""
 USER_ERRORS = (DassError, HydraException, OmegaConfBaseException)
 
 
@@ -72,6 +74,8 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         nonlocal started
         started = True
         try:
+            if world() > 1 and config_name not in SHARED:
+                raise DassError(f"This is not for several processes, only {' and '.join(SHARED)}: start it alone.")
             return task(config)
         except USER_ERRORS as error:
             if debug:

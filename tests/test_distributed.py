@@ -132,10 +132,12 @@ def measured():
     """In fp32 the errors of compared methods, losses, masks, what resumed ones are told, and what `gathered` brings."""
     model, tokens = tiny_model(), random_tokens(7)
     compared = {"wanda": WANDA_MLP, "sparsegpt": SPARSEGPT}
-    errors = [
-        compare_block(compared, step.block, step.streams, step.outputs).errors
-        for step in walk(model, tokens, partial(comparison_needs, compared), 2)
-    ]
+    errors = []
+    for one, size in ((model, 2), (tiny_model("mixtral"), 1)):  # what experts write is seen in whole batches
+        for step in walk(one, tokens, partial(comparison_needs, compared), size, min_expert_tokens=1):
+            found = compare_block(compared, step.block, step.streams, step.outputs)
+            errors.append(found.errors | {"zeros": {"": found.zeros}})
+            errors[-1] |= {f"expert {e.index}, {e.tokens} tokens": e.errors for e in found.experts}
     known = perplexity(model, tokens.split(2)).losses[:4]
     losses, told = [perplexity(model, tokens.split(size)).losses for size in (2, 7)], []
     perplexity(model, tokens.split(2), known=known, done=lambda so_far: told.append(len(so_far)))
@@ -148,7 +150,9 @@ def measured():
 def test_errors_and_losses_are_those_of_all(tmp_path):
     errors, losses, masks, told, whole = measured()
     one, other = in_processes(2, measured, tmp_path / "meeting")
+    assert any("expert 2" in name for name in errors[-1])
     for block, wanted in zip(one[0], errors, strict=True):
+        assert block.keys() == wanted.keys()
         for method, roles in wanted.items():
             assert block[method] == pytest.approx(roles, rel=1e-4)
     assert one[1] == losses  # to the bit: the batches are the same
@@ -175,6 +179,7 @@ def outcomes():
         partial(first, partial(fails, 0, DassError("full: free space."))),
         partial(fails, 1, KeyError("late"), partial(everyone, 1)),
         partial(prune_model, tiny_model(), WANDA, random_tokens(1)),
+        partial(prune_model, tiny_model(), BlockPruner(Method("wanda", MLP, NM(2, 4), "mlp")), random_tokens(4)),
         partial(fails, None, None),
     ]
     found = []
@@ -206,6 +211,7 @@ def test_where_one_fails_all_do_and_go_on_together(tmp_path):
         "KeyError 'late' None",
     ]
     assert one[5] == other[5] and "2 processes cannot share 1 calibration sequences" in one[5]
+    assert one[6] == other[6] and "The update mlp is for one process, not 2" in one[6]
 
 
 def gone():
