@@ -8,8 +8,8 @@ EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-ex
 	ablation-granularity ablation-calibration ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair stability experiments tables site train-tiny test \
-	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-gpu
+.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair table-hardware stability experiments tables site train-tiny test \
+	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-speed benchmark-gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-21s %s\n", $$1, $$2}'
@@ -59,12 +59,13 @@ diagnostics: ## errors, overlap of masks and spread of norms, block by block
 
 ablation-order: ## the order of the neurons: released, random, spread, matched
 table-scale: ## the methods over models of 135 million to 1.5 billion parameters; long, and not one of `experiments`
+table-hardware: ## what it costs to comply with sparse tensor cores; long, too
 
 table-repair: ## masks without and with each repair: what is left of the differences between criteria; long, too
 
 stability: ## whether the chosen weights stay the right ones when training goes on; long, too
 
-$(EXPERIMENTS) table-scale table-repair stability: $(READY)
+$(EXPERIMENTS) table-scale table-repair table-hardware stability: $(READY)
 	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
 	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
 	$(BIN)/python -m experiments.report experiment=$$experiment scale=$(SCALE) log_to=wandb || status=$$?; \
@@ -76,6 +77,7 @@ experiments: $(READY) ## all of them
 tables: $(READY) ## rebuild all tables and figures of results/ and docs/reproduction.md from the records, without a model
 	$(BIN)/python -m experiments.report experiment=all scale=$(SCALE)
 	$(BIN)/python -m experiments.report page=docs/reproduction.template.md
+	$(BIN)/python -m report.axes
 
 site: $(READY) ## all tables, figures and records as one page for a browser, outputs/site/index.html
 	$(BIN)/python -m experiments.report site=outputs/site
@@ -108,6 +110,9 @@ benchmark-memory: $(READY) ## peak memory of models that are streamed from disk,
 
 benchmark-scaling: $(READY) ## the streamed walk over width, depth and tokens beside the plan, results/benchmark_scaling.md
 	$(BIN)/python -m benchmarks.scaling
+
+benchmark-speed: $(READY) ## dense against 2:4 products on a GPU, into results/benchmark_speed.md
+	$(BIN)/python -m benchmarks.speed
 
 benchmark-gpu: $(READY) ## the same on a GPU with a random model of LLaMA2-7B's shape, into results/benchmark_gpu.md
 	$(BIN)/python -m benchmarks.walk --gpu

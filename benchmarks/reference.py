@@ -25,7 +25,7 @@ def reference_walk(model: PreTrainedModel, input_ids: Tensor, method: str, n: in
         m: of so many consecutive ones.
     """
     entering = enter_first_block(model, find_blocks(model), input_ids.split(1))
-    inputs, keywords = torch.cat(entering.batches), entering.calls[0][0].keywords
+    inputs, keywords = torch.cat([*entering.batches]), entering.calls[0][0].keywords
     outputs = torch.zeros_like(inputs)
     for block in model.model.layers:
         projections = {"gate": block.mlp.gate_proj, "up": block.mlp.up_proj, "down": block.mlp.down_proj}

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.counted import LLAMA2_70B, counted_block, planned_block
+from benchmarks.orders import order_row
 from benchmarks.reference import loop_mask, reference_walk, sparsegpt_layer
 from benchmarks.table import CPU, REPEATS, fastest, ratio, row
 from dass.data.assets import packaged_model
@@ -58,7 +59,9 @@ def main() -> None:
     device = torch.device("cuda" if gpu else "cpu")
     memory = [] if gpu else [memory_row()]  # first: a child's peak counts what its parent held when it was forked
     rows = (
-        gpu_rows() if gpu else [*walk_rows(), *mask_rows(), solver_row(), solver_speed_row(), *memory, *counted_rows()]
+        gpu_rows()
+        if gpu
+        else [*walk_rows(), matched_row(), *mask_rows(), solver_row(), solver_speed_row(), *memory, *counted_rows()]
     )
     machine, versions, git = machine_description(device), package_versions(), git_state()
     text = f"""# Benchmark on {machine["gpu"] or machine["cpu"]}
@@ -151,6 +154,13 @@ def smollm2() -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+def matched_row() -> str:
+    """How long the order `matched` is looked for in all blocks of SmolLM2, and what orders keep."""
+    tokenizer = load_tokenizer(str(packaged_model("smollm2_135m")), None)
+    tokens = calibration_tokens("packaged_c4", tokenizer, None, 8, 512, seed=0, bos="tokenizer", join=True)
+    return order_row(smollm2(), tokens, 60, "SmolLM2-135M, 2:4, 8 x 512 tokens, all blocks")
 
 
 def mask_rows() -> list[str]:

@@ -170,7 +170,7 @@ def audit(model: nn.Module, blocks: list[Block], dtype: torch.dtype | None = Non
         operations / (operations - sum(runs[n] * found[n].weights / 2 for n in fast)),
         {
             "dense": dense,
-            "2:4": round(dense - sum(runs[n] * found[n].weights * (found[n].size / 2 - 1 / 8) for n in fast)),
+            "packed": round(dense - sum(runs[n] * found[n].weights * (found[n].size / 2 - 1 / 8) for n in fast)),
             "bitmask": round(dense - sum(runs[n] * found[n].masked_saving for n in sparse)),
         },
         {"dense": disk, "packed": disk - sum(one.weights * one.size - one.packed for one in found.values())},
@@ -179,14 +179,16 @@ def audit(model: nn.Module, blocks: list[Block], dtype: torch.dtype | None = Non
 
 def as_dict(audit: Audit) -> dict[str, Any]:
     """For a record: the sums, and each kind of projection once, with the names of those that are of it."""
-    kinds: dict[str, dict[str, Any]] = {}
+    kinds, found = dict[str, dict[str, Any]](), audit.projections.values()
     for name, one in audit.projections.items():
         facts = {key: value for key, value in asdict(one).items() if key != "sparsity"}  # which a record has already
+        facts["groups"] = None if one.groups is None or one.status == DENSE else round(one.groups, 4)
         facts |= {"axis": one.axis, "shape": list(one.shape), "kernels": list(one.kernels)}
         kinds.setdefault(repr(facts), facts | {"projections": []})["projections"].append(name)
     return {
         "kinds": list(kinds.values()),
         "status": status_of(audit),
+        "helps": ", ".join(dict.fromkeys(one.helps for one in found if one.helps != "none")) or "none",
         "prefill": audit.prefill,
         "decode": audit.decode,
         "read": audit.read,
@@ -208,12 +210,11 @@ def status_of(audit: Audit) -> str:
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
     """An audit as `as_dict` gives it, in words for people."""
-    helped = dict.fromkeys(kind["helps"] for kind in record["kinds"] if kind["status"] != DENSE)
     return {
         "sparse tensor cores": record["status"],
-        "passes that they speed up": ", ".join(helped) or "none",
-        "speed-up, at most": f"prefill {record['prefill']:.2f}, decode {record['decode']['2:4']:.2f} with 2:4 kernels, "
-        f"{record['decode']['bitmask']:.2f} with a bitmask",
+        "passes that they speed up": record["helps"],
+        "speed-up, at most": f"prefill {record['prefill']:.2f}, "
+        f"decode {record['decode']['packed']:.2f} with 2:4 kernels, {record['decode']['bitmask']:.2f} with a bitmask",
         "bytes on disk": f"{record['disk']['dense']} dense, {record['disk']['packed']} packed",
     }
 

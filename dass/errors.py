@@ -1,7 +1,7 @@
 """The one family of errors that a user can cause and mend, and the check that all numbers go through."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -40,16 +40,22 @@ def one_line(text: object) -> str:
     return "".join(character if character.isprintable() else " " for character in str(text))
 
 
-Answers = list[tuple[DassError, torch.Tensor]]
-"""What is wrong, and whether all is well instead: a boolean that may still be on its way on the device."""
+Answers = list[tuple[Callable[[], DassError], torch.Tensor]]
+"""What makes the error, and whether all is well instead: a boolean that may still be on its way on the device."""
 
 
-def require_finite(values: torch.Tensor, what: str, later: Answers | None = None) -> None:
+def require_finite(
+    values: torch.Tensor, what: str, later: Answers | None = None, since: Callable[[], str] = lambda: ""
+) -> None:
     """Raise DassError if a value is NaN or infinite.
 
     later: where the answer is put for `require_all`; without it the host waits for the device here.
+    since: tells, if it comes to that, from where on.
     """
-    error = DassError(f"{what} hold NaN or infinite values: check the model's weights and its dtype.")
+
+    def error() -> DassError:
+        return DassError(f"{what} hold NaN or infinite values{since()}: check the model's weights and its dtype.")
+
     if later is None:
         require_all([(error, finite(values))])
     else:
@@ -59,7 +65,7 @@ def require_finite(values: torch.Tensor, what: str, later: Answers | None = None
 def require_all(answers: Answers) -> None:
     """Raise the first error whose answer is no; the host waits for the device once, and again to find the culprit."""
     if answers and not torch.stack([answer for _, answer in answers]).all():
-        raise next(error for error, answer in answers if not answer)
+        raise next(error for error, answer in answers if not answer)()
 
 
 def finite(values: torch.Tensor) -> torch.Tensor:

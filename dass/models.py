@@ -26,9 +26,9 @@ NEEDED = "check its files; it must be a causal language model with safetensors w
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the GPU if there is one, else the CPU; any other word is torch's own, of a device that is there."""
+    """`auto` is the GPU of this process if there is one, else the CPU; other words are torch's, of what is there."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = (RuntimeError, AssertionError, ValueError)
     with told(f"device={device} cannot be used here", "choose auto, cpu or a GPU", *kinds, field="device"):
         found = torch.empty(0, device=device).device
@@ -76,25 +76,31 @@ def model_folder(source: str, revision: str | None, weights: bool = True) -> Pat
     return Path(source) if Path(source).is_dir() else hub.model_files(source, revision, weights)
 
 
-def load_model(source: str, revision: str | None, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_model(
+    source: str, revision: str | None, dtype: str, device: torch.device, device_map: str | None = None
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, on one device.
 
     Args:
         source: a hub id or a folder with safetensors (pickled weights are refused).
         revision: the hub's commit or branch; None for a folder.
         dtype: one of `DTYPES`.
+        device_map: `auto` spreads it over all GPUs, block by block, in place of `device`.
 
     Raises:
         DassError: it cannot be loaded (absent, gated, without weights, quantised), its weights are not those that its
-            configuration speaks of, or one is NaN or infinite.
+            configuration speaks of, one is NaN or infinite, or the GPUs do not hold it.
     """
     folder = model_folder(source, revision)
     require_weights(folder)
     config = load_config(str(folder), None)
     require_supported(config)
     stored = stored_tensors(folder)
-    model, loading = from_folder(folder, config, source, dtype, None if device.type == "cpu" else {"": device})
+    places = device_map or (None if device.type == "cpu" else {"": device})
+    model, loading = from_folder(folder, config, source, dtype, places)
     require_places(model, stored, loading, source)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise DassError(f"{source} does not fit the GPUs: use more, or memory=stream on one.", "model.device_map")
     for name, parameter in model.named_parameters():
         if dtype == "float16" and not finite(parameter):
             why = f"hold NaN or infinite values as float16, whose largest is {torch.finfo(torch.float16).max:g}"

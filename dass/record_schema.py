@@ -4,52 +4,25 @@ The schema names what is read somewhere; whatever else a record holds is let thr
 would show it.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-CLOSE = 1e-6  # relative: beyond the rounding of sums, below what a table shows
-
-
-def _plain(value: Any) -> Any:
-    if value is not None and not isinstance(value, str) and not (isinstance(value, int | float) and abs(value) < 2**63):
-        raise ValueError("should be a word, a number, true, false or null")
-    return value
-
-
-def _option(value: Any) -> Any:
-    entries = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    for entry in entries:
-        for part in entry.values() if isinstance(entry, dict) else [entry]:  # a method with other values than its own
-            _plain(part)
-    return value
-
-
-Plain = Annotated[Any, AfterValidator(_plain)]
-Option = Annotated[Any, AfterValidator(_option)]
-Word = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(gt=0, lt=2**63)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Energy = Annotated[float, Field(ge=-CLOSE)]  # a sum of products, which rounding may take below 0
-Measured = Annotated[float, Field(ge=0, lt=1e9)]  # seconds, GB
-
-
-class Part(BaseModel):
-    """A part of which only what is named here is read."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class OpenPart(Part):
-    """A part that tables show as a whole."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Plain] = Field(init=False)
+from dass.schema_types import (
+    CLOSE,
+    Count,
+    Energy,
+    Measured,
+    NotNegative,
+    OpenPart,
+    Option,
+    Part,
+    Plain,
+    Share,
+    Size,
+    Word,
+)
 
 
 class Trained(OpenPart):
@@ -162,6 +135,7 @@ class Machine(OpenPart):
     threads: Size
     memory_gb: Measured
     gpu: str | None
+    processes: Size | None = None  # that did it together, where there were several
 
 
 class Stage(OpenPart):
@@ -272,14 +246,20 @@ class Diagnostics(Part):
         return self
 
 
+class Bounds(Part):
+    """The most that decoding can gain."""
+
+    packed: Annotated[float, Field(ge=1)]
+    bitmask: Annotated[float, Field(ge=1)]
+
+
 class Audit(Part):
     """What hardware can make of the zeros, as `dass/audit.py` tells it."""
 
-    status: str
+    status: Word
+    helps: Word
     prefill: Annotated[float, Field(ge=1)]
-    decode: dict[str, Annotated[float, Field(ge=1)]]
-    read: dict[str, Size]
-    disk: dict[str, Size]
+    decode: Bounds
 
 
 class Evaluated(Part):
@@ -312,14 +292,3 @@ class Record(Part):
     diagnostics: Diagnostics | None = None
     audit: Audit | None = None
     training: list[Evaluated] | None = None
-
-
-@contextlib.contextmanager
-def in_words() -> Iterator[None]:
-    """Tell the first thing that does not fit a schema: where it stands, and what is wrong."""
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")) from None

@@ -115,6 +115,10 @@ class Kept:
         for name, parameter in block.module.named_parameters():
             parameter.data.copy_(weights[f"{block.name}.{name}"])
 
+    def is_due(self) -> bool:
+        """Whether it is time to write how far the run has come."""
+        return time.perf_counter() - self._since >= max(EVERY, self._cost / SHARE)
+
     def keep(
         self,
         index: int,
@@ -123,7 +127,7 @@ class Kept:
         facts: Callable[[], dict[str, Any]],
         stored: Callable[[str, Tensor], Tensor],
     ) -> None:
-        """Write how far the run has come, if it is time to.
+        """Write how far the run has come.
 
         Args:
             index: of the next block; those before it are finished.
@@ -132,10 +136,9 @@ class Kept:
             stored: how a weight, by its name, is written.
         """
         started = time.perf_counter()
-        if started - self._since < max(EVERY, self._cost / SHARE):
-            return
+        found = tensors()
         try:
-            self._write(index, blocks, tensors(), facts(), stored)
+            self._write(index, blocks, found, facts(), stored)
         except (OSError, DassError) as error:  # a full disk, say: the run itself can go on
             print(f"note: how far the run has come could not be kept: {one_line(error)}", file=sys.stderr)
         self._since = time.perf_counter()

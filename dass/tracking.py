@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dass.errors import DassError, first_line, one_line, told
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOM = 50_000_000
 """Bytes that a run's files may take."""
@@ -61,9 +63,14 @@ def track(name: str, project: str, group: str, run_id: str, folder: str, config:
     try:
         yield mirror
     except BaseException:
-        mirror.do(lambda run: run.finish(exit_code=1))
+        mirror.do(partial(_finish, exit_code=1))
         raise
-    mirror.do(lambda run: run.finish())
+    mirror.do(_finish)
+
+
+def _finish(run: Any, exit_code: int = 0) -> None:
+    run.finish(exit_code=exit_code)
+    shutil.rmtree(run.settings.log_dir, ignore_errors=True)  # wandb's own, which tell where the user's folders lie
 
 
 def _started(project: str, group: str, run_id: str, folder: str, config: dict[str, Any]) -> Any | None:
@@ -76,7 +83,8 @@ def _started(project: str, group: str, run_id: str, folder: str, config: dict[st
         os.makedirs(folder, exist_ok=True)
         if shutil.disk_usage(folder).free < ROOM:  # its own process would fill the screen with tracebacks
             raise OSError(f"no space left for its files in {folder}")
-        settings = wandb.Settings(silent=True)
+        # without what it would look for: names of the host, the user and their folders, git's remote and e-mail
+        settings = wandb.Settings(silent=True, x_disable_meta=True, disable_git=True, disable_code=True, console="off")
         with told("wandb does not take what it is given", advice, wandb.errors.UsageError):
             return wandb.init(
                 project=project, group=group, name=run_id, config=config, settings=settings, mode=mode, dir=folder
@@ -96,7 +104,7 @@ def log_record(mirror: Mirror, record: dict[str, Any]) -> None:
     """Metrics, sparsity and stages in the summary, and the metrics as a table."""
 
     def log(run: Any) -> None:
-        import wandb
+        import pandas as pd  # 30 MB that few runs need
 
         for metric in record["metrics"]:
             run.summary[f"{metric['dataset']}/{metric['metric']}"] = metric["value"]
@@ -105,21 +113,26 @@ def log_record(mirror: Mirror, record: dict[str, Any]) -> None:
         for name, stage in record["stages"].items():
             run.summary[f"{name}/seconds"] = stage["seconds"]
         columns = ["dataset", "metric", "value", "stderr", "n", "seq_len"]
-        rows = [[metric[column] for column in columns] for metric in record["metrics"]]
-        run.log({"metrics": wandb.Table(columns=columns, data=rows)})
+        _log_table(run, "metrics", pd.DataFrame(record["metrics"], columns=columns))
 
     mirror.do(log)
 
 
-def log_report(mirror: Mirror, name: str, frame: pd.DataFrame, figures: list[Path]) -> None:
+def log_report(mirror: Mirror, name: str, frame: "pd.DataFrame", figures: list[Path]) -> None:
     """The numbers and the figures (PNG files) that were made of an experiment's records."""
 
     def log(run: Any) -> None:
         import wandb
 
-        rows = [[None if pd.isna(value) else value for value in row] for row in frame.to_numpy(dtype=object)]
-        run.log({name: wandb.Table(columns=list(frame.columns), data=rows, allow_mixed_types=True)})
+        _log_table(run, name, frame)
         for path in figures:
             run.log({f"{name}_figure": wandb.Image(str(path))})
 
     mirror.do(log)
+
+
+def _log_table(run: Any, name: str, frame: "pd.DataFrame") -> None:
+    """A table as a file of the run; wandb's own tables lie in the user's home, and the run would tell where."""
+    import wandb
+
+    run.log({name: wandb.Html(frame.to_html(index=False))})

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dass.distributed import joined, world
 from dass.errors import DassError, one_line
 from dass.terminal import leave, printing
 from experiments.arguments import prepared
@@ -23,6 +24,8 @@ from experiments.signals import exit_on_signals
 
 CONF = Path(__file__).parent.parent / "conf"
 Settings = TypeVar("Settings")
+SHARED = ("prune", "evaluate")
+"""What several processes do together, under torchrun."""
 USER_ERRORS = (DassError, HydraException, OmegaConfBaseException)
 
 
@@ -58,7 +61,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
     An error of the user ends as one sentence on stderr and exit code 1; `debug=true` or `HYDRA_FULL_ERROR=1`
     brings the traceback back. In a sweep each failing job prints its sentence (a bug: its traceback), the others go on,
-    and the exit code is 1.
+    and the exit code is 1. Of several processes the first speaks for all.
     """
     exit_on_signals()
     debug = "debug=true" in [argument.lower() for argument in sys.argv] or os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -71,6 +74,8 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         nonlocal started
         started = True
         try:
+            if world() > 1 and config_name not in SHARED:
+                raise DassError(f"This is not for several processes, only {' and '.join(SHARED)}: start it alone.")
             return task(config)
         except USER_ERRORS as error:
             if debug:
@@ -89,7 +94,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         # raised out here, so that no frame of the job, and no model in it, stays alive for the rest of the sweep
         raise Reported(why)
 
-    with printing():
+    with printing(), joined():
         try:
             sys.argv[1:] = prepared(sys.argv[1:], CONF)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()

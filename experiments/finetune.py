@@ -4,7 +4,7 @@ import copy
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -91,9 +91,9 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
     sequences = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
     evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
+    assert evaluation.windows is not None  # it is a text
     model = load_model(source, revision, "float32", device)
-    windows = cast(torch.Tensor, evaluation.windows)  # of a text, and nothing else passes _checked
-    for what, tokens in (("The training tokens", sequences), ("The evaluation windows", windows)):
+    for what, tokens in (("The training tokens", sequences), ("The evaluation windows", evaluation.windows)):
         require_in_vocabulary(tokens, model.get_input_embeddings().weight.shape[0], what)
         require_positions(model, tokens.shape[1], what)
     teacher = _teacher(config, model, device)

@@ -1,4 +1,4 @@
-"""What a run leaves besides its record: the pruned model with its card, and the masks."""
+"""What a run leaves besides its record, the pruned model with its card and the masks; and whether it is there."""
 
 import shlex
 from pathlib import Path
@@ -9,16 +9,18 @@ from hydra.types import RunMode
 from transformers import PreTrainedModel
 
 from dass.audit import facts_of
-from dass.folders import is_saved, read_seal
+from dass.errors import DassError
+from dass.folders import is_saved, read_seal, require_own_folder
 from dass.models import resolve_dtype
 from dass.pruning.adaptive import AdaptivePruner
-from dass.records import file_sha256
+from dass.records import file_sha256, read_record, record_path, require_writable
 from dass.saving import model_card, save_model, source_licence, write_card
-from dass.sparsity import MASKS_FILE, PackedMasks
+from dass.sparsity import MASKS_FILE, PackedMasks, require_own_masks
 from dass.streaming import Shelf
 from experiments.fingerprint import source_of
 from experiments.public import public_override
 from experiments.resolve import Plan
+from report.reading import runs_of
 
 
 def destination(folder: str, run_id: str) -> Path:
@@ -31,6 +33,38 @@ def command_of() -> str:
     """The command that makes this run alone, without the places of this machine."""
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     return shlex.join(["python", "-m", "experiments.prune", *map(public_override, overrides)])
+
+
+def is_ready(plan: Plan, label: str) -> bool:
+    """Whether a run is done, which is said; if not, DassError where what it leaves could not be written."""
+    for folder in (plan.config.results_dir, plan.config.save_model, plan.config.masks):
+        if folder is not None:
+            require_writable(Path(folder))
+    if is_skipped(plan, label):
+        return True
+    if plan.config.save_model is not None:
+        require_own_folder(destination(plan.config.save_model, plan.run_id))
+    if plan.config.masks is not None:
+        require_own_masks(destination(plan.config.masks, plan.run_id))
+    return False
+
+
+def is_skipped(plan: Plan, label: str) -> bool:
+    """Whether a run is left out because it is done, which is said."""
+    if plan.config.rerun or not is_done(plan):
+        return False
+    path = record_path(Path(plan.config.results_dir), plan.run_id)
+    print(f"{label}: already done, skipping: {path} (rerun=true runs it again)")
+    return True
+
+
+def is_done(plan: Plan) -> bool:
+    """Whether the record is there and sound, and the model and masks that are asked for are there and whole."""
+    try:
+        record = read_record(record_path(Path(plan.config.results_dir), plan.run_id))
+    except DassError:
+        return False
+    return not record["failed"] and bool(runs_of([record])) and is_written(plan, record)
 
 
 def is_written(plan: Plan, record: dict[str, Any]) -> bool:

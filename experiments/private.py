@@ -7,23 +7,28 @@ from collections.abc import Iterator
 from typing import Any
 
 from dass.errors import one_line
-from experiments.public import public
+from experiments.public import STORES, public
 
 PUBLIC_HOSTS = re.compile(r"\b(?:[\w-]+\.)*(?:huggingface\.co|github\.com|pytorch\.org|arxiv\.org|hydra\.cc)\b")
 BYTE = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+PAIR = r"[0-9a-f]{1,4}"  # of bytes, in an IPv6 address
+IPV6 = rf"(?:(?:{PAIR}:){{7}}{PAIR}|(?:{PAIR}:){{1,6}}(?::{PAIR}){{1,6}}|(?:{PAIR}:){{1,7}}:|::1|::ffff:)"
+MAC = r"[0-9a-f]{2}(?P<between>[:-])(?:[0-9a-f]{2}(?P=between)){4}[0-9a-f]{2}"
 KINDS = {
     "the path": re.compile(
         r"\b[A-Za-z]:[\\/][^\s/]|\\\\\w|file:/|(?<![\w.])\.\./|\$(?:HOME|USER)\b|%USERPROFILE%"
-        r"|/(?:home|Users|root|mnt|scratch)/"
+        rf"|/(?:home|Users|root|mnt|scratch)/|\b(?i:{STORES})://"
     ),
     "the e-mail address or login": re.compile(r"[\w.+-]+@[\w-]+"),
     "the token": re.compile(
         r"\b(?:hf_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA)[\w-]{8,}|\beyJ[\w-]+\.eyJ|\bBearer\s+\w"
-        r"|(?:TOKEN|SECRET|PASSWORD|API_?KEY)\s*=\s*\S",
+        r"|(?:TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_?KEY(?:_ID)?|SIGNATURE|CREDENTIAL|[?&]sig)\s*=\s*\S"
+        r"|://[^\s/@]*:[^\s/@]*@",
         re.IGNORECASE,
     ),
     "the address": re.compile(
-        rf"(?<![\w.-]){BYTE}(?:\.{BYTE}){{3}}(?![\w.-])|\blocalhost\b"
+        rf"(?<![\w.-]){BYTE}(?:\.{BYTE}){{3}}(?!\w|[.-]\w)|\blocalhost\b"
+        rf"|(?<![\w:.])(?:{IPV6})(?![\w:]|\.\w)|(?<![\w:-]){MAC}(?![\w:-])"
         r"|\b[a-z][\w-]*(?:\.[\w-]+)*\.(?:local|localdomain|lan|internal|intranet|corp|cluster|edu|com|org|net)\b",
         re.IGNORECASE,
     ),

@@ -21,10 +21,10 @@ from dass.claims import Claim
 from dass.data.calibration import calibration_tokens, facts_of
 from dass.data.sources import SOURCES
 from dass.data.tokens import require_in_vocabulary, require_positions
+from dass.distributed import everyone, first, first_before_others, rank, together, world
 from dass.errors import DassError, told
 from dass.evaluation import door
 from dass.evaluation.zero_shot import hub_items
-from dass.folders import require_own_folder
 from dass.memory import note_halved
 from dass.models import load_model, load_tokenizer, model_folder, resolve_dtype
 from dass.pruning.comparison import diagnostics
@@ -34,57 +34,48 @@ from dass.records import (
     identity_of,
     machine_description,
     package_versions,
-    read_record,
-    record_path,
-    require_writable,
     write_record,
 )
 from dass.resume import Kept
 from dass.saving import round_to
-from dass.sparsity import require_own_masks
 from dass.stages import Stages, release_freed_memory
 from dass.streaming import Shelf, load_streamed
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import hub_text, source_of
 from experiments.notes import note_idle
-from experiments.outputs import command_of, destination, is_written, save, save_masks, write_metrics
+from experiments.outputs import command_of, is_ready, is_skipped, save, save_masks, write_metrics
 from experiments.public import public, public_text
-from experiments.resolve import Plan, check, loads, streams
+from experiments.resolve import Plan, check, loads, require_alike, streams
 from experiments.scratch import claimed_run, scratch_folder
 from experiments.training import dense_of, text_of, train_on
 from experiments.walked import Log, Walked, audited, counted, prune
-from report.reading import runs_of
 
 
 def main(config: DictConfig) -> str | None:
     """Run what the composed config says, unless its record exists; returns its identity, or None if it is to come."""
-    plan = check(config)
-    if HydraConfig.initialized():  # of an experiment's own settings, each is there for some of its runs
-        given = {argument.partition("=")[0] for argument in sys.argv[1:]}
-        note_idle(plan, [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] in given])
-    if plan.config.dry_run:
-        print(dry_run(plan))
-        return None
-    plan = plan.pinned()
-    results_dir = Path(plan.config.results_dir)
-    for folder in (results_dir, plan.config.save_model, plan.config.masks):
-        if folder is not None:
-            require_writable(Path(folder))
-    label = f"{label_of(plan)} {plan.run_id}"
-    if is_skipped(plan, label):
-        return plan.run_id
-    if plan.config.save_model is not None:
-        require_own_folder(destination(plan.config.save_model, plan.run_id))
-    if plan.config.masks is not None:
-        require_own_masks(destination(plan.config.masks, plan.run_id))
     advice = "keep the model on disk (memory=stream), use fewer or shorter sequences, or a larger GPU"
-    with claimed_run(results_dir, plan.run_id) as claim:
-        if claim is None:
-            print(f"{label}: another process is at it, so it comes after the others")
+    with told("The GPU's memory does not suffice", advice, torch.OutOfMemoryError), together():
+        plan = check(config)
+        if HydraConfig.initialized():  # of an experiment's own settings, each is there for some of its runs
+            given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+            note_idle(plan, [one for one in HydraConfig.get().overrides.task if one.partition("=")[0] in given])
+        if plan.config.dry_run:
+            print(dry_run(plan))
             return None
-        if not is_skipped(plan, label):
-            with told("The GPU's memory does not suffice", advice, torch.OutOfMemoryError):
+        with first_before_others():
+            plan = plan.pinned()
+            label = f"{label_of(plan)} {plan.run_id}"
+        require_alike(plan)
+        if first(partial(is_ready, plan, label)):
+            return plan.run_id
+        results_dir = Path(plan.config.results_dir)
+        with claimed_run(results_dir, plan.run_id) as claim:
+            is_busy = first(lambda: claim is None)
+            if claim is None or is_busy:
+                print(f"{label}: another process is at it, so it comes after the others")
+                return None
+            if not first(partial(is_skipped, plan, label)):
                 run_and_record(plan, label, claim)
     return plan.run_id
 
@@ -108,27 +99,10 @@ def label_of(plan: Plan) -> str:
     return " ".join([plan.config.model.name, plan.config.method["name"], *patterns, *orders])
 
 
-def is_skipped(plan: Plan, label: str) -> bool:
-    """Whether a run is left out because it is done, which is said."""
-    if plan.config.rerun or not is_done(plan):
-        return False
-    path = record_path(Path(plan.config.results_dir), plan.run_id)
-    print(f"{label}: already done, skipping: {path} (rerun=true runs it again)")
-    return True
-
-
-def is_done(plan: Plan) -> bool:
-    """Whether the record is there and sound, and the model and masks that are asked for are there and whole."""
-    try:
-        record = read_record(record_path(Path(plan.config.results_dir), plan.run_id))
-    except DassError:
-        return False
-    return not record["failed"] and bool(runs_of([record])) and is_written(plan, record)
-
-
 def run_and_record(plan: Plan, label: str, claim: Claim) -> None:
     """Run, record what was measured, print the outcome in one line; then raise what saving or evaluating raised."""
-    tracked = track(**vars(plan.config.tracking), run_id=plan.run_id, config=public(plan.composed))
+    tracking = vars(plan.config.tracking) | ({"name": "none"} if rank() > 0 else {})
+    tracked = track(**tracking, run_id=plan.run_id, config=public(plan.composed))
     with tracked as mirror, scratch_folder(Path(plan.config.results_dir), plan.run_id, claim) as scratch:
 
         def log(values: dict[str, float]) -> None:
@@ -136,7 +110,7 @@ def run_and_record(plan: Plan, label: str, claim: Claim) -> None:
             mirror.log(values)
 
         record, problems = run(plan, log, scratch)
-        path = write_record(Path(plan.config.results_dir), record)
+        path = first(partial(write_record, Path(plan.config.results_dir), record))
         log_record(mirror, record)
         values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
         print(f"{label}: sparsity {record['sparsity']['targeted']:.4f} of the targeted weights{values}; {path}")
@@ -158,9 +132,9 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     config, stages = plan.config, Stages(plan.device)
     torch.manual_seed(config.seed)
     source, revision = source_of(config.model), config.model.revision
-    is_streamed = streams(plan)
+    is_streamed = first(partial(streams, plan))
     if fetches := downloads(plan):
-        with stages.measure("download"):
+        with stages.measure("download"), first_before_others():
             for fetch in fetches:
                 fetch()
     needs_text = config.evaluation.name != "none" or (plan.calibrates and config.calibration.name != "tokens_file")
@@ -169,8 +143,10 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     if plan.calibrates:
         drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
         with stages.measure("calibration"):
-            calibration = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
-    evaluation, text = door.prepare(tokenizer=tokenizer, **vars(config.evaluation)), text_of(plan, tokenizer)
+            calibration = first(partial(calibration_tokens, tokenizer=tokenizer, seed=config.seed, **drawn))
+    with first_before_others():
+        evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
+        text = text_of(plan, tokenizer)
     tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
         model, shelf = load(plan, source, scratch if is_streamed else None)
@@ -183,7 +159,12 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             require_positions(model, tokens.shape[1], f"The {what}")
 
     machine, versions = machine_description(plan.device), package_versions()
-    kept = Kept(scratch, identity_of({"machine": machine, "versions": versions, "code": code_sha256()}))
+    if world() > 1:
+        machine["processes"] = world()
+    computes = identity_of({"machine": machine, "versions": versions, "code": code_sha256()})
+    kept = Kept(scratch, first(lambda: computes))
+    if len(set(everyone(kept.state and kept.state.model_dump_json()))) > 1:  # not all see the folder
+        kept.forget()
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
     history: list[dict[str, Any]] = []
     if plan.pruners:
@@ -226,14 +207,14 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         record["training"] = history
     if plan.compares:
         record["diagnostics"] = diagnostics(walked.measured)
-    problems = attempt(record, "masks", partial(save_masks, plan, walked.masks, record))
-    problems += attempt(record, "save", partial(save, plan, model, shelf, record))
+    problems = attempt(record, "masks", partial(first, partial(save_masks, plan, walked.masks, record)))
+    problems += attempt(record, "save", partial(first, partial(save, plan, model, shelf, record)))
     if config.evaluation.name != "none":
         with stages.measure("evaluation"):
             problems += attempt(record, "evaluation", partial(score, evaluation, model, shelf, kept, record))
         record["stages"] = stages.as_dict()
         if config.save_model is not None and not {"save", "evaluation"} & set(record["failed"]):
-            problems += attempt(record, "save", partial(write_metrics, plan, source, record))
+            problems += attempt(record, "save", partial(first, partial(write_metrics, plan, source, record)))
     require_unchanged(plan)
     return record, problems
 
@@ -243,7 +224,7 @@ def load(plan: Plan, source: str, scratch: Path | None) -> tuple[PreTrainedModel
     given = (source, plan.config.model.revision, plan.dtype, plan.device)
     if scratch is not None:
         return load_streamed(*given, scratch, plan.config.model.projections)
-    return load_model(*given), None
+    return load_model(*given, plan.config.model.device_map), None
 
 
 def require_unchanged(plan: Plan) -> None:
@@ -265,10 +246,11 @@ def downloads(plan: Plan) -> list[Callable[[], object]]:
     return found + [hub_items] * (config.evaluation.name == "zero_shot")
 
 
-def attempt(record: dict[str, Any], what: str, work: Callable[[], None]) -> list[Exception]:
+def attempt(record: dict[str, Any], what: str, work: Callable[[], object]) -> list[Exception]:
     """Do a part of a run whose failure must not lose the rest; the record says why."""
     try:
-        work()
+        with together():
+            work()
     except Exception as error:
         why = sentence(error) if isinstance(error, DassError) else f"{type(error).__name__}: {error}"
         record["failed"][what] = public_text(why)
@@ -289,7 +271,8 @@ def score(
         resolved.setdefault("halved_from", {})["evaluation"] = size
 
     resolved["evaluation_batch_size"] = size
-    record["metrics"], record["windows"] = door.evaluate(evaluation, model, size, shelf, kept, halved)
+    own = kept if rank() == 0 else None
+    record["metrics"], record["windows"] = door.evaluate(evaluation, model, size, shelf, own, halved)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 BEFORE = r"(?<![\w.…~/\\-])"
 ABSOLUTE = re.compile(rf"""{BEFORE}(?:~[\w-]*)?/(?:[^\s/'"]+/)*[^\s/'"=,:;()\[\]{{}}]+""")
 """A path from the root or a home folder; no part of an address or of a relative path."""
+STORES = "s3a?|gs|gcs|az|abfss?|wasbs?|hdfs|ssh|sftp|ftp|smb|nfs"
+STORED = re.compile(rf"""\b(?i:{STORES})://[^\s'"]*""")
+"""A path on another machine or in a bucket."""
+SECRET = re.compile(r"""(://)(?:[^\s/@'"]*@)?([^\s?'"]*)(?:\?[^\s'"]*)?""")
+"""An address: between its kind and its place, and behind that, stand who asks and with which key."""
 
 
 def public(value: Any) -> Any:
@@ -36,7 +41,8 @@ def public_text(text: str) -> str:
     for place in sorted(places, key=len, reverse=True):
         if place.strip("/"):
             text = re.sub(rf"{BEFORE}{re.escape(place)}/", places[place], text)
-    return ABSOLUTE.sub(lambda found: _short(found[0]), text)
+    text = STORED.sub(lambda found: f"…/{PurePosixPath(found[0].partition('?')[0]).name}", text)
+    return ABSOLUTE.sub(lambda found: _short(found[0]), SECRET.sub(r"\1\2", text))
 
 
 def _short(path: str) -> str:

@@ -1,5 +1,7 @@
 """From the composed config to a checked run: nothing heavy has been loaded yet."""
 
+import os
+import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,11 +12,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dass.distributed import everyone, world
 from dass.errors import DassError
 from dass.evaluation.door import ZERO_SHOT
 from dass.models import free_memory, resolve_device, resolve_dtype
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
+from dass.pruning.update import UPDATES
 from dass.streaming import memory_needed
 from experiments.app import typed
 from experiments.bounds import require_plain
@@ -87,6 +91,7 @@ def check(config: DictConfig) -> Plan:
     plain = typed(PruneConfig, composed)
     model, words = plain.model, plain.model.projections
     size, experts, scores = plain.batch_size, plain.calibration.min_expert_tokens, plain.evaluation.name != "none"
+    spreads, one_place = model.device_map is not None, plain.memory == "stream" or plain.device != "auto"
     given = [name for name in MODEL_SOURCES if getattr(model, name) is not None]
     plan = Plan(plain, composed, pruners_of(plain))
     writes = " and ".join(name for name in ("masks", "save_model") if getattr(plain, name) is not None)
@@ -100,6 +105,8 @@ def check(config: DictConfig) -> Plan:
         (0 <= plain.seed < 2**63, f"seed={plain.seed} must be between 0 and 2^63 - 1."),
         (size is None or size >= 1, f"batch_size={size} must be at least 1, or null for one that fits the memory."),
         (plain.memory in MEMORY, f"memory={plain.memory} is unknown: choose {', '.join(MEMORY)}."),
+        (model.device_map in (None, "auto"), f"model.device_map={model.device_map} is unknown: choose auto or null."),
+        (not (spreads and one_place), "model.device_map=auto takes all GPUs and no disk: leave out device and memory."),
         (experts is None or experts >= 1, f"calibration.min_expert_tokens={experts} must be at least 1."),
         (not (plan.compares and writes), f"{writes} has nothing to write where methods are only compared: choose one."),
         (plan.pruners or plain.masks is None, "masks=DIR has nothing to write for the dense model: choose a method."),
@@ -123,6 +130,24 @@ def check(config: DictConfig) -> Plan:
     return plan
 
 
+def require_alike(plan: Plan) -> None:
+    """Raise DassError where the processes of a run would do different things, or get into each other's way."""
+    if len(set(everyone(plan.run_id))) > 1:
+        raise DassError("The processes of this run find different files: give all of them the same.")
+    if world() == 1:
+        return
+    if plan.config.memory == "stream":
+        raise DassError(f"Each of {world()} processes holds the whole model: memory=stream is for one.", "memory")
+    if any(UPDATES.find(pruner.method.update).whole for pruner in plan.pruners.values()):
+        raise DassError("MLPs are trained by one process (method.update): start one.", "method.update")
+    if plan.config.finetune.steps:
+        raise DassError("A model is trained on by one process (finetune.steps): start one.", "finetune.steps")
+    if plan.config.model.device_map is not None:
+        raise DassError("One process spreads a model over GPUs: start one, or remove model.device_map.")
+    if plan.device.type == "cuda" and len(set(everyone((platform.node(), str(plan.device))))) < world():
+        raise DassError("Several processes would share a GPU: start one for each, with device=auto.", "device")
+
+
 def loads(plan: Plan) -> list[str]:
     """In words what a run would load: the model, and the texts that it reads."""
     config, model = plan.config, plan.config.model
@@ -143,8 +168,18 @@ def streams(plan: Plan) -> bool:
     Known from the configuration alone, before weights are downloaded; DassError where the model fits no way.
     """
     config, model, free = plan.config, plan.config.model, free_memory(plan.device)
+    if model.device_map is not None:
+        return False
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if plan.device.type == "cpu" else 1  # processes in this memory
+    free //= here
     whole, streamed = memory_needed(source_of(model), model.revision, plan.dtype, model.projections)
     is_streamed = config.memory == "stream"
+    if config.memory == "auto" and whole + whole // 2 > free and world() > 1:
+        raise DassError(
+            f"Each of {world()} processes needs {1.5 * whole / 1e9:.1f} GB for the model, and {free / 1e9:.1f} GB are "
+            f"free for it: start fewer, or one alone, which streams it.",
+            "memory",
+        )
     # a half more: for what is made of the weights, and activations
     if config.memory == "auto" and whole + whole // 2 > free:
         is_streamed = True

@@ -20,6 +20,7 @@ class ModelConfig:
     revision: str | None = None
     path: str | None = None
     dtype: str = "auto"
+    device_map: str | None = None
     bos: str | None = None
     projections: Any = None  # {role: regular expression}; OmegaConf cannot fill an optional dictionary
     # entries of transformers' config that fix the shapes, for `experiments.plan` without the hub; no run reads it

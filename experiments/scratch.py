@@ -3,13 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from dass.claims import Claim, claimed
+from dass.distributed import rank
 from dass.records import record_path
 from dass.resume import LOSSES, STATE
 from dass.training import checkpoint
@@ -19,7 +20,9 @@ LATER = "DASS_LATER"
 
 
 def claimed_run(results_dir: Path, run_id: str) -> AbstractContextManager[Claim | None]:
-    """The claim on a run, waited for; None where a sweep can do its other runs before."""
+    """The claim on a run, waited for; None where a sweep can do its other runs before. The first process has it."""
+    if rank() > 0:
+        return nullcontext(Claim(_claim_path(results_dir, run_id), ""))
     sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     return claimed(_claim_path(results_dir, run_id), wait=not sweeping or LATER in os.environ)
 
@@ -28,8 +31,12 @@ def claimed_run(results_dir: Path, run_id: str) -> AbstractContextManager[Claim 
 def scratch_folder(results_dir: Path, run_id: str, claim: Claim) -> Iterator[Path]:
     """Where a run keeps what it goes on from if it is killed, and what is too large for the memory.
 
-    It goes when the run is done, or has nothing to go on from; so do those of other runs that nobody is at.
+    It goes when the run is done, or has nothing to go on from; so do those of other runs that nobody is at. Of several
+    processes the first one sees to it.
     """
+    if rank() > 0:
+        yield results_dir / f".{run_id}"
+        return
     for other in {path.name[1:].partition(".")[0] for path in results_dir.glob(".*")} - {run_id}:
         with claimed(_claim_path(results_dir, other), wait=False) as free:
             if free is not None and free.owner:

@@ -28,6 +28,8 @@ def _exit(number: int, frame: FrameType | None) -> None:
     if _stopped and time.monotonic() - _stopped[-1] < ECHO:
         return
     _stopped.append(time.monotonic())
+    if os.environ.get("RANK", "0") != "0":  # torchrun's: the first process speaks for all
+        sys.exit(128 + number)
     line = f"stopped by {signal.Signals(number).name}: the same command goes on with what is not done yet\n"
     with contextlib.suppress(OSError):  # the terminal may be gone; print could be in the middle of a line of its own
         os.write(2, (b"\n" if os.isatty(2) else b"") + line.encode())

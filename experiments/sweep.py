@@ -17,7 +17,7 @@ from experiments.resolve import check
 from report.kinds import find_kind
 
 ROUTINE = {"experiment", "scale", "results_dir", "tracking", "device", "memory", "batch_size", "save_model", "masks"}
-ROUTINE |= {"rerun", "debug", "hydra"}
+ROUTINE |= {"rerun", "debug", "hydra", "model.device_map"}
 """Settings that change nothing of what a sweep is."""
 KEPT = ("model", "method", "sparsity", "calibration", "evaluation", "targets", "exclude", "seed")
 """The parts of a config that say what a run was to do."""
@@ -33,7 +33,8 @@ def plan_sweep(config: DictConfig, jobs: list[list[str]], arguments: list[str]) 
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     experiment = given.get("experiment")
     scale = None if experiment is None else str(config.scale)
-    changed = [a for a in arguments if a.lstrip("+~").split("=")[0].split(".")[0] not in ROUTINE]
+    keys = {argument: argument.lstrip("+~").split("=")[0] for argument in arguments}
+    changed = [argument for argument, key in keys.items() if not ROUTINE & {key, key.split(".")[0]}]
     name = f"{experiment or 'sweep'}{'' if scale is None else '-' + scale}"
     if changed or experiment is None:
         name += f"-{identity_of({'changed': sorted(changed)})[:8]}"
@@ -41,6 +42,14 @@ def plan_sweep(config: DictConfig, jobs: list[list[str]], arguments: list[str]) 
     find_kind(report)
     runs = [_planned(compose("prune", job)) for job in jobs]
     return Manifest(name, experiment, scale, report, [public_override(one) for one in arguments], runs)
+
+
+def begin_sweep(folder: Path, config: DictConfig, jobs: list[list[str]], arguments: list[str]) -> Manifest | None:
+    """Write the manifest of a sweep into the folder of its records, see `plan_sweep`."""
+    manifest = plan_sweep(config, jobs, arguments)
+    if manifest is not None:
+        write_sweep(folder, manifest)
+    return manifest
 
 
 def finish_sweep(folder: Path, manifest: Manifest, results: Sequence[JobReturn]) -> Path:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from dass.audit import as_dict, audit
+from dass.distributed import first, gathered, rank
 from dass.errors import DassError, told
 from dass.memory import note_halved
 from dass.models import DTYPES, batch_size_for, resolve_dtype
@@ -100,8 +101,12 @@ def prune(
     writes = rounding(model, str(stored).removeprefix("torch."))
 
     def done(index: int, batches: Iterable[torch.Tensor]) -> None:
-        if not plan.compares:
+        if plan.compares or not first(kept.is_due):
+            return
+        if rank() == 0:
             kept.keep(index, blocks, partial(_tensors, walked, batches), partial(_facts, walked), writes)
+        else:
+            gathered(batches)
 
     def halved(size: int) -> None:
         note_halved(size)
@@ -141,7 +146,8 @@ def _facts(walked: Walked) -> dict[str, Any]:
 
 def _tensors(walked: Walked, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of the same: what enters the next block, and masks."""
-    found = {f"batch {i}": batch for i, batch in enumerate(batches)}
+    of_all = enumerate(gathered(batches))
+    found = {f"batch {i} of {number}": batch for number, own in of_all for i, batch in enumerate(own)}
     return found | {f"mask {name}": bits for name, bits in walked.masks.bits.items()}
 
 
@@ -179,7 +185,8 @@ def _restored(
         else:
             shelf.adopt(block, block_path(kept.folder, block))
     print(f"note: goes on behind block {state.next} of {len(blocks)}, where it was stopped", file=sys.stderr)
-    return state.next, [tensors[f"batch {i}"] for i in range(sum(name.startswith("batch ") for name in tensors))]
+    count = sum(name.startswith("batch ") and name.endswith(f" of {rank()}") for name in tensors)
+    return state.next, [tensors[f"batch {i} of {rank()}"] for i in range(count)]
 
 
 def require_excluded(plan: Plan, blocks: list[Block]) -> None:

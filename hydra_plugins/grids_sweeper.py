@@ -20,9 +20,11 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -77,12 +79,15 @@ class GridsSweeper(Sweeper):
                 raise HydraException(f"{argument}: one experiment at one scale is a sweep; give one after the other.")
         jobs = jobs_of(self.grids, self.scales.get(self.scale or "", [{}]), arguments)
         self.validate_batch_is_legal(jobs)
-        from experiments.scratch import LATER  # late: Hydra scans all plugins
-        from experiments.sweep import finish_sweep, plan_sweep, write_sweep
+        from dass.distributed import first, together, world  # late: Hydra scans all plugins
+        from experiments.scratch import LATER
+        from experiments.sweep import begin_sweep, finish_sweep
 
-        folder, manifest = Path(self.config.get("results_dir", ".")), plan_sweep(self.config, jobs, arguments)
-        if manifest is not None:
-            write_sweep(folder, manifest)
+        if world() > 1 and not isinstance(self.launcher, BasicLauncher):
+            raise HydraException("Several processes do one run after the other: leave out hydra/launcher.")
+        folder = Path(self.config.get("results_dir", "."))
+        with together():
+            manifest = first(partial(begin_sweep, folder, self.config, jobs, arguments))
         results = list(self.launcher.launch(jobs, initial_job_idx=0))
         if manifest is not None:
             busy = [
@@ -91,7 +96,8 @@ class GridsSweeper(Sweeper):
             again = [[*jobs[index], f"+hydra.job.env_set.{LATER}=1"] for index in busy]
             for index, result in zip(busy, self.launcher.launch(again, len(jobs)) if again else [], strict=True):
                 results[index] = result
-            path = finish_sweep(folder, manifest, results)
+            with together():
+                path = first(partial(finish_sweep, folder, manifest, results))
             print(f"report: python -m experiments.report manifest={path}", flush=True)
         failed = [result for result in results if result.status != JobStatus.COMPLETED]
         if failed:

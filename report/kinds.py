@@ -14,6 +14,7 @@ from dass.names import unknown
 from report import figures, rows
 from report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
 from report.grid import MISSING, Grid
+from report.hardware import hardware_figure, hardware_frame, hardware_grid
 from report.orders import order_figure, order_frame, order_grid, variance_grid
 from report.repair import UPDATES, repair_figure, repair_frame, repair_grids
 from report.runs import Run, frame_of
@@ -153,6 +154,14 @@ def order(material: Material) -> Report:
     grids = [make(own) for own in models for make in (order_grid, variance_grid)]
     grids = [grid for grid in grids if len(grid.frame)]
     return Report(grids, (lambda: order_figure(frame)) if any(frame.random) else None, frame_of(material.runs))
+
+
+@kind
+def hardware(material: Material) -> Report:
+    """What it costs to comply with sparse tensor cores: perplexity beside the status and the bounds on speed-up."""
+    cells = cells_of(material.runs)
+    grids = [hardware_grid(table) for _, table in cells.groupby("table")]
+    return Report(grids, _drawn(hardware_figure, cells), hardware_frame(material.runs))
 
 
 @kind

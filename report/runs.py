@@ -5,10 +5,12 @@ What is grouped or compared is a field of its own type; words are made where som
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 AS_PUBLISHED: dict[str, dict[str, Any]] = {  # the options that tell the published variant from those of an ablation
     "magnitude": {"axis.gate": "layer", "update": "none"},
@@ -138,8 +140,10 @@ class Run:
         return [-100 * np.array(metric["items"]) for task, metric in self.accuracies.items() if task != "mean"]
 
 
-def frame_of(runs: list[Run]) -> pd.DataFrame:
+def frame_of(runs: list[Run]) -> "pd.DataFrame":
     """One tidy row per run with one type per column, without the losses of the windows."""
+    import pandas as pd  # 30 MB that a run does not need
+
     nested = ("config", "setting", "record", "losses", "calibrates", "options")
     rows = []
     for run in runs:

@@ -38,7 +38,8 @@ def machine_words(run: Run) -> str:
     if run.record is None:
         return ""
     machine = run.record["machine"]
-    return f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['memory_gb']:g} GB"
+    several = f", {machine['processes']} processes" if machine.get("processes") else ""
+    return f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads{several}, {machine['memory_gb']:g} GB"
 
 
 def facts_of(runs: list[Run], *names: str) -> dict[str, str]:

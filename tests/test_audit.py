@@ -91,9 +91,9 @@ def test_the_sums_by_hand():
     linear = 3 * (3 * mlp + attention)
     assert found.prefill == pytest.approx(linear / (linear - 3 * mlp / 2))
     dense = 2 * (linear + head)
-    assert found.read["dense"] == dense and found.read["2:4"] == dense - 3 * mlp * 7 // 8
+    assert found.read["dense"] == dense and found.read["packed"] == dense - 3 * mlp * 7 // 8
     assert found.read["bitmask"] == dense - 9 * mlp * 7 // 8
-    assert found.decode["2:4"] == dense / found.read["2:4"]
+    assert found.decode["packed"] == dense / found.read["packed"]
     assert found.disk["dense"] == 2 * sum(p.numel() for p in model.parameters())
     assert found.disk["dense"] - found.disk["packed"] == 9 * (2 * mlp - (mlp + -(-mlp // 12)))
     record = as_dict(found)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, LlamaConfig
 
+from dass import models
 from dass.checkpoint import model_contents
 from dass.errors import DassError
 from dass.models import (
@@ -38,6 +39,21 @@ def test_load(folder):
     assert load_model(str(folder), None, "bfloat16", CPU).dtype == torch.bfloat16
     assert load_tokenizer(str(folder), None)("w5 w6").input_ids == [5, 6]
     assert resolve_dtype("auto", str(folder), None) == "float32"
+
+
+def test_a_model_is_spread_over_what_is_there(folder, monkeypatch):
+    spread = load_model(str(folder), None, "float32", CPU, "auto")
+    assert all(torch.equal(a, b) for a, b in zip(spread.parameters(), tiny_model().parameters(), strict=True))
+
+    def offloaded(*arguments):
+        model, loading = original(*arguments)
+        model.lm_head.to("meta")
+        return model, loading
+
+    original = models.from_folder
+    monkeypatch.setattr(models, "from_folder", offloaded)
+    with pytest.raises(DassError, match="does not fit the GPUs"):
+        load_model(str(folder), None, "float32", CPU, "auto")
 
 
 def test_a_folder_without_weights(folder):

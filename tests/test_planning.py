@@ -45,6 +45,10 @@ KNOWN_TOTALS = {  # parameters as the models' pages and papers give them, exactl
     "gemma_2b": 2_506_172_416,
     "gemma_7b": 8_537_680_896,
     "relullama_7b": 6_738_415_616,
+    "pythia_7b": 6_857_302_016,
+    "mixtral_8x22b": 140_620_634_112,
+    "qwen3_235b": 235_093_634_560,
+    "deepseek_v3": 671_026_419_200 - 58 * 256,  # without the routers' biases, which are no parameters in transformers
 }
 SHARES_OF_LINEAR = {"llama2_7b": 0.334, "llama2_70b": 0.412, "mistral_7b": 0.404, "gemma_7b": 0.409}  # the paper's
 EXACT_LAYOUTS = ("phi3", "gpt2", "falcon", "mixtral", "qwen2_moe")

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,8 @@ from benchmarks.counted import pretended_device
 from dass.evaluation.perplexity import perplexity, window_losses
 from dass.pruning import pruner as pruning
 from dass.pruning import statistics
-from dass.pruning.calls import Call
+from dass.pruning.adaptive import AdaptivePruner
+from dass.pruning.call import Call
 from dass.pruning.comparison import compare_block, comparison_needs
 from dass.pruning.masks import NM, Mask, Unstructured
 from dass.pruning.method import Method
@@ -169,9 +171,50 @@ def test_masks(monkeypatch):
         host.waits.clear()
         for name, mask in masks.items():
             packed.add(name, mask)
-        assert host.waits == {"copy": len(masks)}
+        # one for what its groups keep, one for its bytes
+        assert host.waits == {"value": len(masks), "copy": len(masks)}
         apply_masks(model, {name: Mask(mask.keep.cpu(), mask.pattern, mask.axis) for name, mask in masks.items()})
     assert packed.about.keys() == masks.keys()
+
+
+@contextmanager
+def on_two_devices(architecture, behind=()):
+    """A model whose second block, and these parts behind it, are on a second device."""
+    with pretended(architecture) as (model, _):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda:1"):
+                other = tiny_model(architecture, torch.bfloat16, **SIZES)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for path in ("model.layers.1", *behind):
+            model.set_submodule(path, other.get_submodule(path))
+        yield model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"), [("llama", method) for method in METHODS] + [("gemma3", "wanda"), ("llama", "adaptive")]
+)
+def test_the_walk_follows_the_blocks_from_device_to_device(architecture, method):
+    with on_two_devices(architecture) as model:
+        if method == "adaptive":
+            candidates = {n: BlockPruner(Method(n, METHODS[n][1], PATTERNS[0])) for n in ("wanda", "dass")}
+            masks = prune_model(model, AdaptivePruner(candidates), random_tokens(4, 8), 2)
+        else:
+            masks = prune(model, method, PATTERNS[0], "all")
+        assert {(str(mask.keep.device), "layers.1" in name) for name, mask in masks.items()} == {
+            ("cuda:0", False),
+            ("cuda:1", True),
+        }
+
+
+def test_a_model_that_accelerate_spreads():
+    behind = ("model.norm", "lm_head")
+    with on_two_devices("llama", behind) as model:
+        before = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), "cuda:0")
+        dispatch_model(model, before | dict.fromkeys(("model.layers.1", *behind), "cuda:1"), main_device="cuda:0")
+        assert len(prune(model)) == 2 * 3
+        assert perplexity(model, random_tokens(4, 8).split(2)).seq_len == 8
 
 
 def on_the_host(tensor):

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import pandas
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -155,6 +154,8 @@ def wikitext2(part: Part, path: Path) -> list[str]:
     """
     if suffix_of(path) == ".parquet":
         with told(f"Cannot read {path} as WikiText-2", "check the file", Exception):
+            import pandas  # 30 MB that few runs need
+
             return pandas.read_parquet(existing_file(path), columns=["text"])["text"].tolist()
     if suffix_of(path) not in PLAIN:
         return read_documents(path)

@@ -12,6 +12,7 @@ from dass.data import assets
 from dass.data.sources import SOURCES
 from dass.data.texts import FIELD, sha256_of
 from dass.data.tokens import Bos, Tokenizer
+from dass.distributed import first
 from dass.errors import DassError
 from dass.evaluation.perplexity import evaluation_windows, perplexity
 from dass.evaluation.zero_shot import STOCK, Source, item_files, zero_shot, zero_shot_tasks
@@ -79,14 +80,15 @@ def evaluate(
     """Score a model as it is in memory, `batch_size` sequences at a time (None: see `batch_size_of`).
 
     Where its blocks lie on a shelf, all sequences go through one of them after the other. What an earlier
-    process has scored is `kept`. `halved` is told of a smaller batch size, where the memory does not suffice.
+    process has scored is `kept`. `halved` is told of a smaller batch size, where the memory does not suffice. Several
+    processes share the windows; zero-shot tasks are the first one's alone.
 
     Returns:
         As a record holds them: metrics, each with dataset, metric, value, stderr, n, seq_len, and tokens or items (1 =
         right); and of a perplexity the mean token loss of each window, nats.
     """
     size = batch_size or batch_size_of(evaluation, model)
-    known = kept.losses(size) if kept is not None else {}
+    known = first(lambda: kept.losses(size) if kept is not None else {})
     done = partial(kept.keep_losses, size) if kept is not None else lambda losses: None
     if evaluation.windows is not None:
         name, batches = evaluation.name, evaluation.windows.split(size)
@@ -95,9 +97,8 @@ def evaluate(
         return [metric | {"n": len(result.losses), "seq_len": result.seq_len, "tokens": result.tokens}], result.losses
     if not evaluation.tasks:
         return [], []
-    return zero_shot(
-        model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos, shelf, known, done, halved
-    ), []
+    given = (model, evaluation.tokenizer, evaluation.tasks, size, evaluation.bos, shelf, known, done, halved)
+    return first(partial(zero_shot, *given)), []
 
 
 def identity(name: str, path: str | Path | None, revision: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from dass.data.sources import find_source
 from dass.data.texts import FIELD
 from dass.data.tokens import Bos, Tokenizer, encode, windows_of
+from dass.distributed import everyone, share_of, world
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.memory import Halved, attempted, half, note_halved
@@ -96,6 +97,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a causal language model over batches of windows, `(batch, seq_len)` int64 each.
 
+    Several processes share the batches, and each has the result.
+
     Args:
         shelf: of a model whose blocks lie on disk; all windows go through one after the other.
         known: losses of the first windows, as an earlier call on the same batches had them.
@@ -111,19 +114,23 @@ def perplexity(
     waiting = list(batches)
     while waiting and len(losses) + len(waiting[0]) <= len(known):
         losses += known[len(losses) : len(losses) + len(waiting.pop(0))]
-    inputs = [batch.to(model.device) for batch in waiting]
+    inputs = [batch.to(model.device) for batch in share_of(waiting)]
     ready = (
         repeat(nullcontext())
         if shelf is None or not inputs
         else block_by_block(model, shelf.blocks, inputs, shelf.hold, shelf.folder, halved)
     )
     size = max(map(len, batches))
-    for batch, prepared in zip(progress(inputs, "evaluation", "batch"), ready, strict=False):
-        with prepared:
-            while (found := attempted(partial(_losses_of, model, batch.split(size)))) is None:
-                # of streamed ones only the head is left, and its chunks are no larger for a larger batch
-                size = half(min(size, len(batch)) if shelf is None else 1, halved)
-        losses += found
+    pairs = zip(inputs, ready, strict=False)
+    for _ in progress(range(0, len(waiting), world()), "evaluation", "batch"):
+        own: list[float] = []
+        for batch, prepared in islice(pairs, 1):  # in the last round some processes have none
+            with prepared:
+                while (found := attempted(partial(_losses_of, model, batch.split(size)))) is None:
+                    # of streamed ones only the head is left, and its chunks are no larger for a larger batch
+                    size = half(min(size, len(batch)) if shelf is None else 1, halved)
+            own = found
+        losses += chain.from_iterable(everyone(own))
         if done is not None:
             done(losses)
     for i, loss in enumerate(losses):

@@ -97,7 +97,7 @@ def select_mask(
     require_finite(scores, f"The importance scores of {name}", later)
     if isinstance(pattern, NM) and axis == "layer":
         axis = "in"
-    _require_divisible(scores, pattern, axis, name)
+    require_divisible(scores, pattern, axis, name)
     return Mask(keep_most_important(scores, pattern, axis), pattern, axis)
 
 
@@ -120,7 +120,7 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
     Raises:
         DassError: a group keeps more or fewer weights; hardware would drop weights silently.
     """
-    _require_divisible(mask.keep, mask.pattern, mask.axis, name)
+    require_divisible(mask.keep, mask.pattern, mask.axis, name)
     wrong = groups_seen = 0
     for part in mask.keep.split(mask.column_block or mask.keep.shape[1], dim=1):
         for groups in _groups(part, mask.axis):
@@ -175,13 +175,16 @@ def _groups(matrix: Tensor, axis: Axis) -> list[Tensor]:
     return lines[axis] if axis in lines else [matrix.reshape(1, -1)]
 
 
-def _require_divisible(matrix: Tensor, pattern: Pattern, axis: Axis, name: str) -> None:
+def require_divisible(matrix: Tensor, pattern: Pattern, axis: Axis, name: str) -> None:
+    """Raise DassError where M does not divide what is cut into groups of a matrix `(out_features, in_features)`."""
     require_fitting(pattern, axis, f" of {name}")
-    for groups, side in zip(_groups(matrix, axis), ["out"] if axis == "out" else ["in", "out"], strict=False):
-        if isinstance(pattern, NM) and groups.shape[1] % pattern.m:
+    outputs, inputs = zip(matrix.shape, ("out", "in"), strict=True)
+    for width, side in {"out": [outputs], "both": [inputs, outputs]}.get(axis, [inputs]):
+        if isinstance(pattern, NM) and width % pattern.m:
             raise DassError(
-                f"{name} has {groups.shape[1]} {side}put features, which M={pattern.m} does not divide: "
-                f"choose another pattern or leave this layer out with `exclude`."
+                f"{name} has {width} {side}put features, which M={pattern.m} does not divide: "
+                f"choose another pattern or leave this layer out with `exclude`.",
+                field="sparsity",
             )
 
 

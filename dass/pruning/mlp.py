@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dass.distributed import world
 from dass.errors import DassError
 from dass.pruning.blocks import Block, Projection, kept_of_parameters
 from dass.pruning.outputs import Outputs, added, squared_error
@@ -70,6 +71,8 @@ def reconstructed(
     count = min(int(parameters["sequences"]), max((stream.n_sequences for stream in streams.values()), default=0))
     if outputs is None or not count:
         raise DassError(f"The update {method.update} needs the outputs of {block.name}: walk over the blocks.")
+    if world() > 1:  # each would train on other sequences, and none on all
+        raise DassError(f"The update {method.update} is for one process, not {world()}: start one.", "method.update")
     stored = stored or block.units[0].projections["down"].weight.dtype
     with in_fp32(block):
         dense = reference(block, outputs, count, stored)

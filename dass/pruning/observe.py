@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.pruning.blocks import Block, Projection, Unit
-from dass.pruning.calls import Activations, Call
+from dass.pruning.call import Call
+from dass.pruning.calls import Activations
 from dass.pruning.parked import Parked
 from dass.pruning.products import Stop, Watch, extent_of
 from dass.pruning.pruner import Needs
@@ -102,7 +103,7 @@ def require_enough_tokens(
     Returns:
         The experts that saw too few tokens, and how many they saw.
     """
-    expected = sum(shape[:-1].numel() for shape in activations.batches.shapes)
+    expected = activations.n_sequences * activations.batches.shapes[0][1]
     routed = {p.reads: unit for unit in block.units if unit.routed for p in unit.projections.values()}
     rare, n_routed = {}, {reads: stream.n_tokens for reads, stream in streams.items() if reads in routed}
     for reads, stream in streams.items():
@@ -129,11 +130,16 @@ def through_one(
     block: Block,
     unit: Unit,
     streams: Streams,
-    calls: Iterator[tuple[Tensor, Call]],
+    activations: Activations,
+    index: int,
     mixer: nn.Module | None,
     mixed: Parked,
 ) -> Streams:
-    """The statistics of one expert if all tokens of the block ran through it, each as often as it is routed."""
+    """The statistics of one expert of block `index` if all tokens ran through it, each as often as it is routed.
+
+    Args:
+        mixed: what the mixer returned for each batch; empty where it runs again.
+    """
     expert = unit.projections["down"].expert
     if expert is None:
         raise DassError(
@@ -142,8 +148,9 @@ def through_one(
         )
     own = {p.reads: streams[p.reads].with_hessian for p in unit.projections.values() if p.reads in streams}
     found = open_streams(block, own)
-    for (hidden, call), output in zip(calls, mixed, strict=True):
-        observe(block, mixer if output is not None else None, found, hidden, call, output, expert)
+    for i, (hidden, calls) in enumerate(zip(activations.batches, activations.calls, strict=True)):
+        output = mixed[i] if mixed else None
+        observe(block, mixer if output is not None else None, found, hidden, calls[index], output, expert)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dass.distributed import everyone
 from dass.pruning.blocks import Block
 
 
@@ -25,14 +26,16 @@ class Outputs(Protocol):
 def squared_error(dense: list[Tensor], outputs: Iterable[Tensor]) -> float:
     """||Y' - Y||^2 over the outputs of a block; infinite where it is no number, so that no candidate wins by that.
 
-    The batches of Y' may be smaller than those of Y, where the memory of the device did not suffice.
+    The batches of Y' may be smaller than those of Y, where the memory of the device did not suffice. Summed over the
+    processes of a run, of which some may have no outputs.
     """
     parts, left = [], list(dense)
     for one in outputs:
         whole = left.pop(0)
         left[:0] = [whole[len(one) :]] if len(one) < len(whole) else []
         parts.append((one.float() - whole[: len(one)].float()).square().sum())
-    return float(torch.stack(parts).sum().nan_to_num(nan=math.inf, posinf=math.inf))
+    error = float(torch.stack(parts).sum().nan_to_num(nan=math.inf, posinf=math.inf)) if parts else 0.0
+    return sum(everyone(error))
 
 
 def added(block: Block, dense: list[Tensor], outputs: Callable[[], Iterable[Tensor]]) -> float:

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from dass.errors import told
 from dass.models import free_memory
 
 SHARE = 3
 """One in so many free bytes is for what enters a block, and one for what its mixer gives; the rest is for the block."""
+
+
+SLAB = 2**26
+"""Bytes of host memory that are asked for at once: so many come from beside the heap, which scattered pieces bloat."""
 
 
 class Parked:
@@ -27,6 +31,7 @@ class Parked:
         self.room = {place: free_memory(place) // SHARE for place in places}
         self._values: list[Any] = []
         self._places: list[torch.device | None] = []  # None: a file
+        self._slab = torch.empty(0, dtype=torch.uint8)  # what is left of it
         for value in values:
             self.append(value)
 
@@ -54,9 +59,14 @@ class Parked:
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), self._values[i])
 
     def __setitem__(self, i: int, value: Any) -> None:
-        """Put another value in the place of one, which goes first."""
-        if (place := self._places[i]) is not None:
-            self.room[place] += _bytes_of(self._values[i])
+        """Put another value in the place of one; in the same memory, where it fits and is nobody else's."""
+        old, place = self._values[i], self._places[i]
+        if (place is None or place.type == "cpu") and _kinds_of(old) == _kinds_of(value):
+            tree_map(lambda kept, new: kept.copy_(new) if isinstance(kept, Tensor) else new, old, value)
+            return
+        if place is not None:
+            self.room[place] += _bytes_of(old)
+        del old
         self._values[i] = None
         self._values[i], self._places[i] = self._put(value)
 
@@ -88,9 +98,15 @@ class Parked:
             return tree_map_only(Tensor, self._mapped, value), None
         place = place or torch.device("cpu")
         self.room[place] -= size
-        if place == self.device:
-            return value, place
-        return tree_map_only(Tensor, lambda tensor: tensor.to(place), value), place
+        return value if place.type != "cpu" else tree_map_only(Tensor, self._carved, value), place
+
+    def _carved(self, tensor: Tensor) -> Tensor:
+        """A copy in a slab."""
+        size = -(-tensor.nbytes // 64) * 64
+        if size > len(self._slab):
+            self._slab = torch.empty(max(size, SLAB), dtype=torch.uint8)
+        own, self._slab = self._slab[: tensor.nbytes], self._slab[size:]
+        return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def _mapped(self, tensor: Tensor) -> Tensor:
         """A copy in a file without a name, so that it goes with the tensor, and however the process ends."""
@@ -101,6 +117,11 @@ class Parked:
                 os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is told here; later it kills
                 kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         return kept.view(tensor.shape).copy_(tensor)
+
+
+def _kinds_of(value: Any) -> Any:
+    """What must be the same for a value to fit into the memory of another."""
+    return tree_map_only(Tensor, lambda tensor: (tensor.shape, tensor.dtype), value)
 
 
 def _bytes_of(value: Any) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dass.errors import Answers, DassError, finite, require_all, require_finite
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
 from dass.pruning.criteria import CRITERIA
-from dass.pruning.masks import NM, Mask, keep_most_important, select_mask
+from dass.pruning.masks import NM, Mask, keep_most_important, require_divisible, select_mask
 from dass.pruning.method import Method
 from dass.pruning.mlp import reconstructed
 from dass.pruning.order import ORDERS, Neurons, heads_of, move, reorder, seeded
@@ -102,14 +102,7 @@ class BlockPruner:
         if not projections:
             raise DassError(f"exclude={self.exclude} leaves nothing to prune: narrow it.", field="exclude")
         for p in projections:
-            axis, (outputs, inputs) = self.method.axis_for(p.role), p.weight.shape
-            for width in {"out": (outputs,), "both": (inputs, outputs)}.get(axis, (inputs,)):
-                if isinstance(self.method.pattern, NM) and width % self.method.pattern.m:
-                    raise DassError(
-                        f"{p.name} is {width} wide along '{axis}', which M={self.method.pattern.m} does not divide: "
-                        f"choose another pattern or leave the layer out with `exclude`.",
-                        field="sparsity",
-                    )
+            require_divisible(p.weight, self.method.pattern, self.method.axis_for(p.role), p.name)
 
     def needs(self, block: Block) -> Needs:
         """What must be seen in this block."""
@@ -243,25 +236,26 @@ class BlockPruner:
             require_finite(weight, f"The updated weights of {p.name}", answers)
             if method.update != "none":
                 stored = self.stored or p.weight.dtype
-                answers.append((_too_large(p, stored), finite(weight.to(stored))))
+                answers.append((partial(_too_large, p, stored), finite(weight.to(stored))))
         return [Pruned(p, mask, *damping) for p, (_, mask) in zip(group, result, strict=True)]
 
     def _statistics(self, block: Block, group: list[Projection], streams: Streams, answers: Answers) -> Statistics:
         """What the group's method may ask for."""
         names = " and ".join(p.name for p in group)
         stream, unit = streams.get(group[0].reads), block.unit_of(group[0])
-        seen = unit is not None and unit.intermediate in streams
+        hidden = streams.get(unit.intermediate) if unit else None
         needs = {name for p in group for name in self.method.needs_for(p.role)}
         statistics = Statistics(
             input_norm=stream.norm() if stream else None,
-            intermediate_norm=streams[unit.intermediate].norm() if unit and seen else None,
+            intermediate_norm=hidden.norm() if hidden else None,
             # the stream may hold a Hessian for another method's sake
             hessian=stream.hessian if stream and "hessian" in needs else None,  # type: ignore[arg-type]
             name=names,
         )
-        for name in ("input_norm", "intermediate_norm"):
-            if statistics.has(name):
-                require_finite(getattr(statistics, name), f"The calibration statistics of {names} ({name})", answers)
+        for name, seen in (("input_norm", stream), ("intermediate_norm", hidden)):
+            if seen:
+                what = f"The calibration statistics of {names} ({name})"
+                require_finite(getattr(statistics, name), what, answers, seen.since)
         return statistics
 
     def _own(self, p: Projection, statistics: Statistics) -> Statistics:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dass.distributed import all_reduce, everyone
 from dass.errors import DassError, finite, require_finite
 
 HESSIAN_BLOCK = 256  # features; smaller blocks save more of the product's lower half, larger ones multiply faster
@@ -35,9 +36,19 @@ class InputStream:
         self.n_tokens = 0
         self.n_sequences = 0
         """Of the calibration so far, whether or not any of their tokens came by; its caller counts them."""
+        self._sums: list[tuple[int, Tensor]] = []  # behind so many sequences and a batch: a number, or none from now on
 
     def add(self, x: Tensor) -> None:
         """Add activations `(..., features)`."""
+        self._add(x)
+        self._sums.append((self.n_sequences, self._squares().sum()))
+
+    def since(self) -> str:
+        """Since which batch of the calibration these are no numbers, in words; the host waits for the device."""
+        first = next((sequences for sequences, total in self._sums if not total.isfinite()), None)
+        return "" if first is None else f" since the batch that begins with calibration sequence {first}"
+
+    def _add(self, x: Tensor) -> None:
         self.n_tokens += x.shape[:-1].numel()
         x = x.detach().reshape(-1, x.shape[-1])
         if not self.with_hessian:
@@ -62,8 +73,7 @@ class InputStream:
 
     def norm(self) -> Tensor:
         """||x_j||_2 over all tokens so far, `(features,)`."""
-        squares = self._products.diagonal() if self.with_hessian else self._products
-        return squares.sqrt()
+        return self._squares().sqrt()
 
     def hessian(self) -> Tensor:
         """H = 2 / n_sequences * X^T X over all tokens so far, `(features, features)`, symmetric.
@@ -71,6 +81,9 @@ class InputStream:
         The factor is SparseGPT's. It only matters beside the diagonal of 1 that dead inputs get.
         """
         return self._symmetric().mul_(2 / max(self.n_sequences, 1))
+
+    def _squares(self) -> Tensor:
+        return self._products.diagonal() if self.with_hessian else self._products
 
     def _symmetric(self) -> Tensor:
         upper = self._products.triu()
@@ -90,6 +103,15 @@ def full_fp32() -> Iterator[None]:
 
 Streams = dict[str, InputStream]
 """The statistics of a block's inputs, by what its projections read (`Projection.reads`)."""
+
+
+def add_up(streams: Streams) -> Streams:
+    """Sum statistics over the processes of a run, in place: each has seen its share of the sequences."""
+    counts = everyone([(stream.n_tokens, stream.n_sequences) for stream in streams.values()])
+    for stream, own in zip(streams.values(), zip(*counts, strict=True), strict=True):
+        stream.n_tokens, stream.n_sequences = map(sum, zip(*own, strict=True))
+        all_reduce(stream._products)
+    return streams
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,10 @@ def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
         going = good.any(1) & (made < layer.most * w.shape[1])
         if not going.all():
             found[left[~going]] = kept[~going]
-            left, w, kept, energy, pull, least, made, good, *others = (
+            left, w, kept, energy, pull, least, made, good, *going_on = (
                 x[going] for x in (left, w, kept, energy, pull, least, made, good, *one)
             )
-            one = Exchanges(*others)
+            one = Exchanges(*going_on)
         made += good.sum(1)
         island = good.nonzero()[:, 0]
         for at, sign in ((one.out[good], 1), (one.into[good], -1)):

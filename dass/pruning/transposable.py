@@ -40,7 +40,8 @@ def keep_transposable(scores: Tensor, n: int, m: int) -> Tensor:
     tiles = scores.reshape(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
     size = CHUNK * (64 if scores.is_cuda else 1) // (len(_all_masks(n, m)) if m <= LISTED else m**3)
     choose = _best if m <= LISTED else _nearest
-    keep = torch.cat([choose(part.double() / 16, n) for part in tiles.split(max(size, 1))])  # so that no sum overflows
+    # in one layout, whose sums are rounded alike, and so small that none overflows
+    keep = torch.cat([choose(part.double().contiguous() / 16, n) for part in tiles.split(max(size, 1))])
     return keep.view(rows // m, columns // m, m, m).transpose(1, 2).reshape(rows, columns)
 
 

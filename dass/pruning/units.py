@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dass.distributed import everyone
 from dass.pruning.adaptive import Outputs, squared_error
 from dass.pruning.blocks import Block, Projection
 from dass.pruning.products import Watch
@@ -26,30 +27,34 @@ class Expert:
 
 @dataclass(frozen=True)
 class Written:
-    """What the MLPs of a block wrote."""
+    """What the experts of a block wrote, and what all of its MLPs read."""
 
     outputs: dict[str, Tensor]
-    """By unit, `(its tokens, out_features)`, without a bias; a unit that saw no token is absent."""
+    """By expert, `(its tokens, out_features)`, without a bias; one that saw no token is absent. Of several processes
+    each has those of its own sequences."""
     zeros: float
-    """The share of exact zeros in what the down projections read, the intermediate activations."""
+    """The share of exact zeros in what the down projections read, the intermediate activations; of all processes."""
 
 
 @torch.no_grad()
 def written(block: Block, outputs: Outputs, share: float) -> Written:
-    """What the MLPs of a block write with their weights as they are, for this share of the calibration sequences."""
+    """What the experts of a block write with their weights as they are, for this share of the calibration sequences."""
     parts: dict[str, list[Tensor]] = {}
     zeros = read = 0
 
     def keep(p: Projection, _: Tensor, x: Tensor) -> None:
         nonlocal zeros, read
         unit = block.unit_of(p)
-        if unit is not None and p.role == "down" and x.numel():
-            zeros, read = zeros + int((x == 0).sum()), read + x.numel()
+        if unit is None or p.role != "down" or not x.numel():
+            return
+        zeros, read = zeros + int((x == 0).sum()), read + x.numel()
+        if unit.routed:
             parts.setdefault(unit.name, []).append(x.flatten(0, -2) @ p.weight.T)
 
     with Watch(block, keep):
         for _ in outputs(share):
             pass
+    zeros, read = map(sum, zip(*everyone((zeros, read)), strict=True))
     return Written({name: torch.cat(own) for name, own in parts.items()}, zeros / max(read, 1))
 
 
@@ -62,13 +67,13 @@ def experts_of(
         pruned: by method.
         rare: experts that saw too few tokens, and how many they saw.
     """
-    found = []
+    nothing, found = torch.zeros(1), []
     for index, unit in enumerate(unit for unit in block.units if unit.routed):
         seen = rare.get(unit.name, streams[unit.intermediate].n_tokens)
-        whole = dense.outputs.get(unit.name, torch.zeros(1))
-        energy = whole.float().square().sum().item()
+        whole = dense.outputs.get(unit.name, nothing)
+        energy = sum(everyone(whole.float().square().sum().item()))
         errors = {
-            method: squared_error([whole], iter([theirs.outputs[unit.name]])) / energy if energy else None
+            method: squared_error([whole], iter([theirs.outputs.get(unit.name, nothing)])) / energy if energy else None
             for method, theirs in pruned.items()
         }
         found.append(Expert(block.name, index, seen, errors))

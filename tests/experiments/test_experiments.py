@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -24,9 +25,10 @@ from experiments.resolve import check
 from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
 from report.grid import MISSING
-from report.kinds import KINDS
+from report.kinds import KINDS, Material
 from report.reading import runs_of
 from report.repair import UPDATES
+from report.rows import COLUMNS
 from tests.experiments.test_prune import ROOT, command, records, setting  # noqa: F401  (a fixture)
 from tests.report.test_kinds import material
 
@@ -38,6 +40,7 @@ PAPER = {  # the paper's models, methods and settings, counted by hand
     "table_no_glu": 4 * (1 + 5 * 2 + 1),
     "table_activations": 3 * (1 + 4 * 2 + 1),
     "table_experts": 1 + 5 * 2 + 1,
+    "table_hardware": 3 * (1 + 7 * 2 * 3 + 4),
     "table_scale": 3 * (1 + 6 * 2 + 3),
     "table_zero_shot": 6 * (1 + 4),
     "ablation_alpha": 2 * (1 + 3 + 5 * 3 + 6 * 2 * 2),
@@ -86,7 +89,8 @@ def test_every_experiment_is_counted_here_and_has_a_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = makefile.split("EXPERIMENTS := ")[1].split("\n\n")[0].replace("\\\n", " ").split("\n")[0].split()
     names = {"table1_perplexity" if target == "table1" else target.replace("-", "_") for target in targets}
-    assert names == set(PAPER) - {"reproduce", "table_scale", "table_repair", "stability"}  # one is quick, others long
+    long = {"table_scale", "table_repair", "table_hardware", "stability"}
+    assert names == set(PAPER) - {"reproduce"} - long  # the one is quick
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))
@@ -257,3 +261,21 @@ def test_the_repairs_of_an_experiment(hydra, setting, tmp_path):  # noqa: F811
     assert [torch.equal(keep[one], keep[other]) for one, other in same] == [True, True, True, False]
     table = KINDS["repair"](material(*records(tmp_path))).grids[0].frame
     assert list(table.Method) == ["wanda"] and not (table == MISSING).any(axis=None)
+
+
+def test_the_price_of_compliance_from_runs_to_the_table(setting, hydra, tmp_path):  # noqa: F811
+    """On a tiny model: what complies is told so, and the hybrid has Wanda's numbers."""
+    names = ("wanda", "dass", "dass_hybrid", "dass_transposable")
+    for name in names:
+        prune.main(compose("prune", [*setting, f"method={name}", "method.order=matched", "method.update=obs"]))
+    report = KINDS["hardware"](Material(runs_of(records(tmp_path)), pd.DataFrame(columns=COLUMNS)))
+    (grid,) = report.grids
+    rows = grid.frame.set_index("Method")
+    status = {name: rows["Status"][name] for name in names}
+    assert status == dict.fromkeys(names, "gate, up, down: accelerated") | {
+        "dass": "gate, up: not K-aligned; down: accelerated"
+    }
+    assert rows["Helps"]["dass_transposable"] == "forward and backward (dX = dY W)"
+    bounds = ["Prefill, at most", "Decode, at most"]
+    assert list(rows.loc["dass"][bounds]) < list(rows.loc["wanda"][bounds])
+    assert rows["Perplexity"]["dass_hybrid"] == rows["Perplexity"]["wanda"] != rows["Perplexity"]["dass"]

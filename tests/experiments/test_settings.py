@@ -219,6 +219,10 @@ def test_a_home_inside_the_working_folder_is_not_shown(tmp_path, monkeypatch):
     for text in (f"{tmp_path}/me/x", "~/x"):
         assert public(text) == "…/x" and public_text(f"see {text}") == "see …/x"
     assert public(f"{tmp_path}/other/x") == "other/x"
+    for text in ("s3://key:secret@bucket/a/x", "gs://bucket/x?sig=1", "S3A://bucket/x", "ssh://me@host/x"):
+        assert public(text) == "…/x" and public_text(f"see {text} there") == "see …/x there"
+    assert public_text("at https://me:token@host/x?sig=1, y") == "at https://host/x y"
+    assert public_text("at https://huggingface.co/a/b") == "at https://huggingface.co/a/b"
 
 
 @pytest.mark.parametrize("command", ["prune -m dry_run=true method=dense,dass", "report output={}"])
@@ -284,6 +288,9 @@ def test_a_threshold_for_experts_without_experts_is_a_note(setting, capsys):  # 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        (["model.device_map=cuda"], "model.device_map=cuda is unknown: choose auto or null"),
+        (["model.device_map=auto", "memory=stream"], "takes all GPUs and no disk"),
+        (["model.device_map=auto", "device=cpu"], "takes all GPUs and no disk"),
         (["method=dense", "method.name=mine"], "The method mine has no criterion"),
         (["method=wanda", "method.name=dense"], "method.name=dense is the name of what is not pruned"),
         (["method=compare", "method.methods=7"], "at least two"),
@@ -294,6 +301,6 @@ def test_a_threshold_for_experts_without_experts_is_a_note(setting, capsys):  # 
         (["method=adaptive", "method.candidates=[dass,{name: wanda, alpha: 1}]"], "alpha has no effect on wanda"),
     ],
 )
-def test_methods_that_are_named_wrongly(given, says):
+def test_methods_and_places_that_are_named_wrongly(given, says):
     with pytest.raises(DassError, match=says):
         check(composed(*given, "evaluation=none"))

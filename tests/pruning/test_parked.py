@@ -12,6 +12,8 @@ from dass import NM, BlockPruner, Method
 from dass.errors import DassError
 from dass.evaluation.perplexity import perplexity
 from dass.pruning import parked
+from dass.pruning.calls import enter_first_block
+from dass.pruning.layout import find_blocks
 from dass.pruning.parked import Parked
 from dass.pruning.walk import walk
 from dass.streaming import load_streamed
@@ -57,7 +59,17 @@ def test_a_streamed_evaluation_without_room_in_memory_gives_the_same_bits(tmp_pa
     monkeypatch.setattr(parked, "free_memory", lambda device: 0)
     monkeypatch.setattr(Parked, "_mapped", lambda self, tensor: (made.append(1), mapped(self, tensor))[1])
     assert perplexity(model, windows, shelf).losses == expected
-    assert len(made) == 3 * (1 + 3) and mapped_files() == 0  # the embedding's output, and each block's
+    assert len(made) == 3 and mapped_files() == 0  # one file for each batch, whatever the number of blocks
+
+
+def test_what_blocks_are_given_besides_is_not_written_over():
+    model, tokens = tiny_model(), random_tokens(2, 8)
+    expected = model.model.embed_tokens(tokens).detach()
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, given, more: (given, more | {"first": given[0]}), with_kwargs=True)
+    activations = enter_first_block(model, find_blocks(model), [tokens])
+    activations.batches[0] = torch.zeros_like(expected)
+    assert torch.equal(activations.calls[0][2].keywords["first"], expected)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def test_a_side_that_m_does_not_divide(shape, said):
     with pytest.raises(DassError, match=f"a layer has {said}, which M=4 does not divide"):
         select_mask(torch.rand(shape), NM(2, 4), "both")
     model = tiny_model(intermediate_size=36, hidden_size=32)
-    with pytest.raises(DassError, match="36 wide along 'both', which M=8 does not divide"):
+    with pytest.raises(DassError, match="36 output features, which M=8 does not divide"):
         prune_model(model, BlockPruner(Method("magnitude", BOTH, NM(4, 8))), random_tokens())
 
 

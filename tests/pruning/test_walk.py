@@ -182,6 +182,35 @@ def test_what_is_not_finite_is_named_before_a_weight_of_its_block_is_changed(rol
         torch.testing.assert_close(p.weight, weight, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("criterion", ["wanda", "obs", "dass"])
+@torch.no_grad()
+def test_activations_that_are_no_numbers_are_told_with_block_projection_and_batch(criterion, value):
+    """A token that is only in sequence 5 is no number behind the second block's norm."""
+    model, tokens = tiny_model(), random_tokens(7, 12).clamp(max=90)
+    tokens[5, 4] = 95
+    model.model.embed_tokens.weight[95] = 1e6  # which the residual stream keeps
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.forward = lambda x: type(norm).forward(norm, x).masked_fill(x.abs().amax(-1, keepdim=True) > 1e5, value)
+    update = "obs" if criterion == "obs" else "none"
+    pruner = BlockPruner(Method(criterion, ALONG_INPUTS, NM(2, 4), update))
+    said = r"of model\.layers\.1\.mlp\.(gate|up)_proj .*NaN or infinite values since the batch that begins with .* 4:"
+    with pytest.raises(DassError, match=said):
+        prune_model(model, pruner, tokens, batch_size=2)
+
+
+@pytest.mark.parametrize("how", ["few tokens", "the same tokens", "dead"])
+@torch.no_grad()
+def test_a_singular_hessian_is_damped(how):
+    model, tokens = tiny_model(), random_tokens(4, 6)
+    if how == "dead":
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    tokens = tokens[:1, :3] if how == "few tokens" else tokens[:1].expand(4, 6) if how == "the same tokens" else tokens
+    prune_model(model, BlockPruner(Method("obs", ALONG_INPUTS, NM(2, 4), "obs"), "all"), tokens)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert (model.model.layers[1].mlp.down_proj.weight == 0).float().mean() >= 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision(dtype):
@@ -237,6 +266,25 @@ def test_same_tokens_give_the_same_bits():
         prune_model(model, BlockPruner(Method("obs", ALONG_INPUTS, NM(2, 4), "obs"), "all"), random_tokens())
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "dass", "obs"])
+@torch.no_grad()
+def test_one_thread_or_two(criterion):
+    """Norms are the same bits; products of Hessians are summed in another order, which SparseGPT amplifies."""
+    axis = {**ALONG_INPUTS, "gate": "out", "up": "out"} if criterion == "dass" else ALONG_INPUTS
+    pruner = BlockPruner(Method(criterion, axis, NM(2, 4), "obs" if criterion == "obs" else "none"))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = tiny_model(hidden_size=128, intermediate_size=352, num_hidden_layers=1)
+            masks = prune_model(model, pruner, random_tokens(8, 64), 4)
+            found.append(torch.cat([mask.keep.flatten() for mask in masks.values()]))
+    finally:
+        torch.set_num_threads(before)
+    differ = (found[0] != found[1]).float().mean()
+    assert differ == 0 if criterion != "obs" else differ < 1e-3
 
 
 def test_excluded_projections_stay_dense():

@@ -262,6 +262,33 @@ def test_competition_within_columns_is_compared_with_that_within_rows():
     assert rows["2:4", "dass (axis.gate=out)"] == [text] and rows["2:4", "dass (axis.gate=in)"] == [MISSING]
 
 
+def test_the_price_of_compliance_has_status_and_bounds_beside_perplexity():
+    """One record is older than the audit."""
+    audits = {
+        "dense": ("dense", "none", 1.0, 1.0, 1.0),
+        "wanda": ("gate, up, down: accelerated", "forward", 1.5, 1.3, 1.3),
+        "dass": ("gate, up: not K-aligned; down: accelerated", "backward (dX = dY W), forward", 1.25, 1.1, 1.3),
+    }
+    made = []
+    for index, (method, shift) in enumerate({"dense": 0.0, "wanda": 1.0, "dass": 0.5, "magnitude": 2.0}.items()):
+        record = make_record(f"{index}", method, np.linspace(2, 3, 8) + shift, update="none")
+        if method in audits:
+            status, helps, prefill, packed, bitmask = audits[method]
+            record["audit"] = {"status": status, "helps": helps, "prefill": prefill}
+            record["audit"]["decode"] = {"packed": packed, "bitmask": bitmask}
+        made.append(record)
+    report = find_kind("hardware")(material(*made))
+    (grid,) = report.grids
+    rows = grid.frame.set_index("Method")
+    assert rows["Status"]["dass"] == audits["dass"][0] and rows["Helps"]["wanda"] == "forward"
+    bounds = ["Prefill, at most", "Decode, at most", "Decode, bitmask"]
+    assert list(rows.loc["wanda"][bounds]) == ["1.50", "1.30", "1.30"]
+    assert list(rows.loc["magnitude"][["Status", "Prefill, at most"]]) == ["—", "—"]
+    assert report.frame.set_index("method").prefill["dass"] == 1.25
+    (panel,) = drawn(report).axes
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1.50x", "1.25x"]
+
+
 def test_an_unknown_kind_is_one_sentence_that_names_the_nearest():
     with pytest.raises(DassError, match="kind of report alhpa is unknown: did you mean alpha"):
         find_kind("alhpa")
