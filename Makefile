@@ -8,7 +8,7 @@ EXPERIMENTS := table1 table-glu-variants table-no-glu table-activations table-ex
 	ablation-granularity ablation-calibration ablation-update ablation-order sparsity-curve pruning-time diagnostics
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair table-hardware experiments tables site train-tiny test \
+.PHONY: help setup setup-slurm setup-ray pins reproduce $(EXPERIMENTS) table-scale table-repair table-hardware stability experiments tables site train-tiny test \
 	test-slow lint format benchmark benchmark-memory benchmark-scaling benchmark-speed benchmark-gpu
 
 help: ## list the targets
@@ -29,10 +29,10 @@ setup-ray: $(READY) ## add what hydra/launcher=ray needs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ray>=2.50'
 
 pins: ## pin what pyproject.toml asks for, with uv; what is pinned stays, unless UPGRADE=--upgrade
-	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --extra dev --extra slurm $(UPGRADE) \
-		--output-file constraints.txt pyproject.toml
-	@{ echo '# Made by `make pins`: what pyproject.toml asks for with its extras dev and slurm, without what only a CUDA'; \
-		echo '# build of torch brings; that is pinned by constraints.txt, and so asked for by nobody on a CPU.'; \
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --extra dev --extra slurm --extra finetune \
+		$(UPGRADE) --output-file constraints.txt pyproject.toml
+	@{ echo '# Made by `make pins`: what pyproject.toml asks for with its extras dev, slurm and finetune, without what only a'; \
+		echo '# CUDA build of torch brings; that is pinned by constraints.txt, and so asked for by nobody on a CPU.'; \
 		echo '--constraint constraints.txt'; grep -vE '$(CUDA)' constraints.txt; } > requirements.txt
 
 reproduce: $(READY) ## prune SmolLM2 by four methods, evaluate, and leave a table and a figure in outputs/reproduce
@@ -63,7 +63,9 @@ table-hardware: ## what it costs to comply with sparse tensor cores; long, too
 
 table-repair: ## masks without and with each repair: what is left of the differences between criteria; long, too
 
-$(EXPERIMENTS) table-scale table-repair table-hardware: $(READY)
+stability: ## whether the chosen weights stay the right ones when training goes on; long, too
+
+$(EXPERIMENTS) table-scale table-repair table-hardware stability: $(READY)
 	@status=0; experiment=$(if $(filter table1,$@),table1_perplexity,$(subst -,_,$@)); \
 	$(BIN)/python -m experiments.prune --multirun experiment=$$experiment scale=$(SCALE) || status=$$?; \
 	$(BIN)/python -m experiments.report experiment=$$experiment scale=$(SCALE) log_to=wandb || status=$$?; \

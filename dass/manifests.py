@@ -9,8 +9,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dass.errors import DassError, one_line, told
-from dass.record_schema import Config, in_words
+from dass.record_schema import Config
 from dass.records import paths_in, read_json, write_atomically
+from dass.schema_types import in_words
 
 FOLDER = "manifests"  # inside that of the records
 STRICT = ConfigDict(strict=True)  # no word is taken for a number

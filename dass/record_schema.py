@@ -4,12 +4,10 @@ The schema names what is read somewhere; whatever else a record holds is let thr
 would show it.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from dass.schema_types import (
     CLOSE,
@@ -264,6 +262,18 @@ class Audit(Part):
     decode: Bounds
 
 
+class Evaluated(Part):
+    """What was said of a model in training, and of the mask that its method would choose then."""
+
+    step: Count
+    loss: NotNegative
+    windows: list[NotNegative]
+    overlap: Share
+    exchanged: NotNegative
+    exchanged_windows: list[NotNegative]
+    training_loss: NotNegative | None = None
+
+
 class Record(Part):
     """A record: what a report reads of it."""
 
@@ -281,14 +291,4 @@ class Record(Part):
     failed: dict[str, str]
     diagnostics: Diagnostics | None = None
     audit: Audit | None = None
-
-
-@contextlib.contextmanager
-def in_words() -> Iterator[None]:
-    """Tell the first thing that does not fit a schema: where it stands, and what is wrong."""
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")) from None
+    training: list[Evaluated] | None = None

@@ -1,6 +1,7 @@
 """One JSON file per run: its identity, its file, and all of them as a table.
 
-A record has the keys in `RECORD_KEYS`, and where they apply `calibration`, `experts`, `diagnostics` and `audit`.
+A record has the keys in `RECORD_KEYS`, and where they apply `calibration`, `experts`, `training`, `diagnostics` and
+`audit`.
 """
 
 import hashlib

@@ -1,8 +1,13 @@
-"""The types that the schema of records is written in: words, counts, shares, and parts of which not all is read."""
+"""The types that the schema of records is written in: words, counts, shares, parts of which not all is read.
 
+What does not fit is told in words.
+"""
+
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 CLOSE = 1e-6  # relative: beyond the rounding of sums, below what a table shows
 
@@ -43,3 +48,14 @@ class OpenPart(Part):
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Plain] = Field(init=False)
+
+
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """Tell the first thing that does not fit a schema: where it stands, and what is wrong."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")) from None

@@ -5,9 +5,9 @@ import statistics
 from typing import Any
 
 from dass.fingerprint import BASELINE, Fingerprint
-from dass.record_schema import Evaluation, Metric, Record, in_words
+from dass.record_schema import Evaluation, Metric, Record
 from dass.records import require_writable_again
-from dass.schema_types import CLOSE
+from dass.schema_types import CLOSE, in_words
 
 SAME = {"calibration": ("n_sequences", "seq_len"), "evaluation": ("n_windows", "seq_len", "limit")}
 """Numbers that stand both in the config and among the determinants."""

@@ -34,7 +34,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 VERSIONS = {"python", *PACKAGES}
 FIRST = {"lm-eval"}  # which our first records did not tell
 KEYS: dict[str, set[str]] = {  # parts in which nothing else may stand: another key may tell whose machine it was
-    "": {*RECORD_KEYS, "calibration", "experts", "diagnostics"},
+    "": {*RECORD_KEYS, "calibration", "experts", "training", "diagnostics"},
     "git": {"commit", "dirty"},
     "versions": VERSIONS,
     "machine": {"platform", "cpu", "threads", "memory_gb", "device", "gpu"},

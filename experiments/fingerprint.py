@@ -9,7 +9,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,8 @@ from dass.pruning.criteria import CRITERIA
 from dass.pruning.order import ORDERS
 from dass.pruning.update import UPDATES
 from dass.records import identity_of
+from dass.training.masked import train
+from dass.training.stability import judged
 from dass.training.tiny import recipe_identity, trained_model
 from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
@@ -37,7 +39,7 @@ Settings = TypeVar("Settings", bound=Any)
 
 def fingerprint_of(config: PruneConfig, pruners: Mapping[str, Pruner], dtype: str) -> Fingerprint:
     """The identity of a run that computes in `dtype`; DassError where a file that it names is not there."""
-    config = pinned(config, any(map(needs_calibration, pruners.values())))
+    config = pinned(config, calibrates(config, pruners))
     hidden = {part: text_identity(part, getattr(config, part)) for part in texts_read(config, pruners)}
     return assembled(config, pruners, dtype, hidden | {"model": model_identity(config.model)})
 
@@ -100,9 +102,14 @@ def needs_calibration(pruner: Pruner) -> bool:
     return isinstance(pruner, AdaptivePruner) or any(pruner.method.needs_for(role) for role in pruner.roles)
 
 
+def calibrates(config: PruneConfig, pruners: Mapping[str, Pruner]) -> bool:
+    """Whether a run reads a calibration text: for statistics, or to train on."""
+    return any(map(needs_calibration, pruners.values())) or config.finetune.steps > 0
+
+
 def texts_read(config: PruneConfig, pruners: Mapping[str, Pruner]) -> list[Part]:
     """Of calibration and evaluation those that a run reads a text for."""
-    reads: dict[Part, bool] = {"calibration": any(map(needs_calibration, pruners.values()))}
+    reads: dict[Part, bool] = {"calibration": calibrates(config, pruners)}
     reads["evaluation"] = config.evaluation.name != "none"
     return [part for part in reads if reads[part]]
 
@@ -151,6 +158,9 @@ def code_of(function: Callable[..., Any]) -> str:
 def _methods(config: PruneConfig, pruners: Mapping[str, Pruner]) -> dict[str, Any] | None:
     """What determines the pruned weights, or the comparison, besides the model and the calibration; None: nothing."""
     prunings = {name: _method(config, name, pruner) for name, pruner in pruners.items()}
+    if config.finetune.steps:
+        training = asdict(config.finetune) | {"code": [code_of(train), code_of(judged)]}
+        prunings = {name: part | {"training": training} for name, part in prunings.items()}
     compared = {name: hashed("method", part) for name, part in prunings.items()}
     return {"compared": compared} if len(prunings) > 1 else next(iter(prunings.values()), None)
 

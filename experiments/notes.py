@@ -37,6 +37,8 @@ def _why_idle(plan: Plan, group: str, name: str) -> str | None:
         return f"{method} prunes nothing"
     if (group, name) == ("model", "revision") and config.model.hub_id is None:
         return "the model is not read from the hub"
+    if group == "finetune" and not config.finetune.steps:
+        return "nothing is trained on: set finetune.steps"
     if group == "tracking" and name and config.tracking.name == "none":
         return "nothing is tracked"
     if group == "method":

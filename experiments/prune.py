@@ -48,6 +48,7 @@ from experiments.outputs import command_of, is_ready, is_skipped, save, save_mas
 from experiments.public import public, public_text
 from experiments.resolve import Plan, check, loads, require_alike, streams
 from experiments.scratch import claimed_run, scratch_folder
+from experiments.training import dense_of, text_of, train_on
 from experiments.walked import Log, Walked, audited, counted, prune
 
 
@@ -145,15 +146,17 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             calibration = first(partial(calibration_tokens, tokenizer=tokenizer, seed=config.seed, **drawn))
     with first_before_others():
         evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
+        text = text_of(plan, tokenizer)
     tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
         model, shelf = load(plan, source, scratch if is_streamed else None)
         require_unchanged(plan)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for what, tokens in (("The calibration tokens", calibration), ("The evaluation windows", evaluation.windows)):
+    read = {"calibration tokens": calibration, "training tokens": text, "evaluation windows": evaluation.windows}
+    for what, tokens in read.items():
         if tokens is not None:
-            require_in_vocabulary(tokens, vocabulary, what)
-            require_positions(model, tokens.shape[1], what)
+            require_in_vocabulary(tokens, vocabulary, f"The {what}")
+            require_positions(model, tokens.shape[1], f"The {what}")
 
     machine, versions = machine_description(plan.device), package_versions()
     if world() > 1:
@@ -163,12 +166,17 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     if len(set(everyone(kept.state and kept.state.model_dump_json()))) > 1:  # not all see the folder
         kept.forget()
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
+    history: list[dict[str, Any]] = []
     if plan.pruners:
+        dense = dense_of(plan, model) if text is not None else {}
         with stages.measure("pruning"):
             walked = prune(plan, model, shelf, kept, calibration, log)
         if kept.state is not None:
             stages.add("pruning", kept.state.seconds)
-        calibration = None
+        if text is not None:
+            with stages.measure("training"):
+                history = train_on(plan, model, dense, calibration, text, evaluation, kept, log)
+        calibration = text = None
         release_freed_memory()
         # what is scored is what is saved, in the source's own dtype
         round_to(model, resolve_dtype(config.model.dtype, source, revision))
@@ -195,6 +203,8 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         record["experts"] = walked.rare
     if (audit := audited(plan, model, shelf)) is not None:
         record["audit"] = audit
+    if history:
+        record["training"] = history
     if plan.compares:
         record["diagnostics"] = diagnostics(walked.measured)
     problems = attempt(record, "masks", partial(first, partial(save_masks, plan, walked.masks, record)))

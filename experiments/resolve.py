@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dass.distributed import everyone, world
 from dass.errors import DassError
+from dass.evaluation.door import ZERO_SHOT
 from dass.models import free_memory, resolve_device, resolve_dtype
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
@@ -21,7 +22,7 @@ from dass.pruning.update import UPDATES
 from dass.streaming import memory_needed
 from experiments.app import typed
 from experiments.bounds import require_plain
-from experiments.fingerprint import Fingerprint, fingerprint_of, needs_calibration, pinned, source_of
+from experiments.fingerprint import Fingerprint, calibrates, fingerprint_of, pinned, source_of
 from experiments.methods import Pruner, pruners_of
 from experiments.schema import PruneConfig
 
@@ -50,7 +51,7 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether the run reads any calibration tokens."""
-        return any(map(needs_calibration, self.pruners.values()))
+        return calibrates(self.config, self.pruners)
 
     @cached_property
     def device(self) -> torch.device:
@@ -95,6 +96,8 @@ def check(config: DictConfig) -> Plan:
     plan = Plan(plain, composed, pruners_of(plain))
     writes = " and ".join(name for name in ("masks", "save_model") if getattr(plain, name) is not None)
     known_words = words is None or (isinstance(words, dict) and all(isinstance(word, str) for word in words.values()))
+    trains, tuning = plain.finetune.steps > 0, f"finetune.steps={plain.finetune.steps}"
+    orders = {pruner.method.order for pruner in plan.pruners.values()}
     for fits, sentence in (
         (model.name != "local" or model.path is not None, "model=local needs a folder: give `model.path=DIR`."),
         (len(given) == 1, f"model={model.name} must set one of {', '.join(MODEL_SOURCES)}; it sets {given or 'none'}."),
@@ -107,6 +110,16 @@ def check(config: DictConfig) -> Plan:
         (experts is None or experts >= 1, f"calibration.min_expert_tokens={experts} must be at least 1."),
         (not (plan.compares and writes), f"{writes} has nothing to write where methods are only compared: choose one."),
         (plan.pruners or plain.masks is None, "masks=DIR has nothing to write for the dense model: choose a method."),
+        (not trains or (plan.pruners and not plan.compares), f"{tuning} has no mask to train under: choose a method."),
+        (
+            not trains or (scores and plain.evaluation.name not in ZERO_SHOT),
+            f"{tuning} is judged by a text: give one.",
+        ),
+        (not trains or "released" in orders, f"{tuning} follows a mask in the released order: set method.order."),
+        (
+            not trains or (plain.finetune.loss == "next" and not plain.finetune.lora_rank),
+            f"{tuning} trains the weights on the text here: distillation and LoRA are for experiments.finetune.",
+        ),
         (not (plan.compares and scores), "method=compare leaves the model dense: set evaluation=none."),
     ):
         if not fits:
@@ -127,6 +140,8 @@ def require_alike(plan: Plan) -> None:
         raise DassError(f"Each of {world()} processes holds the whole model: memory=stream is for one.", "memory")
     if any(UPDATES.find(pruner.method.update).whole for pruner in plan.pruners.values()):
         raise DassError("MLPs are trained by one process (method.update): start one.", "method.update")
+    if plan.config.finetune.steps:
+        raise DassError("A model is trained on by one process (finetune.steps): start one.", "finetune.steps")
     if plan.config.model.device_map is not None:
         raise DassError("One process spreads a model over GPUs: start one, or remove model.device_map.")
     if plan.device.type == "cuda" and len(set(everyone((platform.node(), str(plan.device))))) < world():
@@ -179,6 +194,10 @@ def streams(plan: Plan) -> bool:
             f"memory=stream {streamed / 1e9:.1f} GB at a time, and {free / 1e9:.1f} GB are free on {plan.device}: "
             f"{'set memory=stream' if streamed <= free else 'use a machine with more memory or a smaller dtype'}.",
             "memory" if streamed <= free else "device",
+        )
+    if is_streamed and config.finetune.steps:
+        raise DassError(
+            f"finetune.steps={config.finetune.steps} needs the whole model in memory: set memory=resident.", "memory"
         )
     return is_streamed
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from dass.training.tiny import Recipe
+from dass.training import tiny
+from dass.training.masked import Recipe
 
 
 @dataclass
@@ -14,7 +15,7 @@ class ModelConfig:
 
     name: str = "???"
     packaged: str | None = None
-    trained: Recipe | None = None
+    trained: tiny.Recipe | None = None
     hub_id: str | None = None
     revision: str | None = None
     path: str | None = None
@@ -89,6 +90,13 @@ class MethodConfig:
 
 
 @dataclass
+class TrainingConfig(Recipe):
+    """How a pruned model is trained on, see conf/finetune.yaml; no steps: it is not."""
+
+    n_sequences: int = 128
+
+
+@dataclass
 class PruneConfig:
     """conf/prune.yaml."""
 
@@ -98,6 +106,7 @@ class PruneConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    finetune: TrainingConfig = field(default_factory=TrainingConfig)
     scale: str | None = None
     report: str | None = None
     targets: str = "mlp"

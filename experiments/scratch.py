@@ -13,6 +13,7 @@ from dass.claims import Claim, claimed
 from dass.distributed import rank
 from dass.records import record_path
 from dass.resume import LOSSES, STATE
+from dass.training import checkpoint
 
 LATER = "DASS_LATER"
 """A variable of the environment of those runs of a sweep that are launched once more, when the others are through."""
@@ -52,7 +53,7 @@ def scratch_folder(results_dir: Path, run_id: str, claim: Claim) -> Iterator[Pat
 
 def _clear(folder: Path, is_done: bool) -> None:
     """Remove the folder of a run that is done, or that has nothing to go on from."""
-    if is_done or not any((folder / name).is_file() for name in (STATE, LOSSES)):
+    if is_done or not any((folder / name).is_file() for name in (STATE, LOSSES, checkpoint.STATE)):
         shutil.rmtree(folder, ignore_errors=True)
 
 

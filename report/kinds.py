@@ -18,6 +18,7 @@ from report.hardware import hardware_figure, hardware_frame, hardware_grid
 from report.orders import order_figure, order_frame, order_grid, variance_grid
 from report.repair import UPDATES, repair_figure, repair_frame, repair_grids
 from report.runs import Run, frame_of
+from report.stability import stability_figure, stability_frame, stability_grids
 from report.tables import cells_of
 from report.variants import expert_figure, expert_frame, expert_grid, lead_figure, lead_frame, lead_grid, split
 from report.words import calibration_words, entries_of, facts_of, model_words
@@ -78,6 +79,16 @@ def repair(material: Material) -> Report:
     frame = repair_frame(cells_of(material.runs))
     has_result = any(run.losses for update in UPDATES for run in frame[update] if run)
     return Report(repair_grids(frame), (lambda: repair_figure(frame)) if has_result else None, frame_of(material.runs))
+
+
+@kind
+def stability(material: Material) -> Report:
+    """Loss and overlap of the masks while training goes on under them."""
+    frame = stability_frame(cells_of(material.runs))
+    has_result = frame.step.notna().any()
+    return Report(
+        stability_grids(frame), (lambda: stability_figure(frame)) if has_result else None, frame_of(material.runs)
+    )
 
 
 @kind

@@ -119,7 +119,7 @@ def test_the_table_is_that_of_the_records():
 
 
 def test_every_option_and_target_that_is_named_exists():
-    for group in ("model", "method", "sparsity", "calibration", "evaluation"):
+    for group in ("model", "method", "update", "sparsity", "calibration", "evaluation"):
         line = next(line for line in README.splitlines() if line.startswith(f"| `{group}=`"))
         for option in (path.stem for path in (CONF / group).glob("*.yaml")):
             assert f"`{option}`" in line, f"{group}={option} is missing in the README"

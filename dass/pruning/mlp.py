@@ -98,7 +98,7 @@ def mlp(
     kept: list[tuple[Projection, Tensor]],
     dense: Reference,
     sequences: int = 16,
-    epochs: int = 8,
+    epochs: int = 4,
     learning_rate: float = 0.003,
 ) -> None:
     """min ||Y' - Y||^2 over the kept weights of gate, up and down, Y what the dense MLPs gave (AdamW, fp32).

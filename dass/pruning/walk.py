@@ -161,19 +161,24 @@ def _observed(
 
 @torch.no_grad()
 def prune_model(
-    model: PreTrainedModel, pruner: BlockPruner | AdaptivePruner, input_ids: Tensor | None = None, batch_size: int = 1
+    model: PreTrainedModel,
+    pruner: BlockPruner | AdaptivePruner,
+    input_ids: Tensor | None = None,
+    batch_size: int = 1,
+    projections: Mapping[str, str] | None = None,
 ) -> dict[str, Mask]:
     """Prune a causal language model in place; returns the mask of each projection by its name.
 
     Args:
         input_ids: calibration tokens, `(n_sequences, seq_len)` int64; magnitude needs none.
         batch_size: sequences per forward.
+        projections: a regular expression for each role, where the layout is not known.
 
     Raises:
         DassError: what `walk`, `BlockPruner.check` and `BlockPruner.prune` raise.
     """
-    pruner.check(find_blocks(model))
-    steps = walk(model, input_ids, pruner.needs, batch_size)
+    pruner.check(find_blocks(model, projections))
+    steps = walk(model, input_ids, pruner.needs, batch_size, projections=projections)
     pruned = [one for step in steps for one in pruner.prune(step.block, step.streams, step.outputs)]
     for one in pruned:
         broadcast(part for part in (one.mask.keep, one.mask.order) if part is not None)

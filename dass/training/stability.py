@@ -41,6 +41,7 @@ def judged(
     pruner: BlockPruner | AdaptivePruner,
     calibration: Tensor | None,
     losses: Callable[[PreTrainedModel], list[float]],
+    projections: Mapping[str, str] | None = None,
 ) -> Judge:
     """Judge a model in training by its loss, and its mask by what the method would choose now.
 
@@ -50,19 +51,19 @@ def judged(
     Args:
         model: pruned, with nothing but zeros where it is; its weights, not adapters, will be trained.
         losses: gives the mean token loss of each held-out window.
+        projections: a regular expression for each role, where the layout is not known.
 
     Returns:
         A judge that gives `loss` and its `windows`; `overlap`, `jaccard` of the new mask with the one at the start; and
         `exchanged`, the loss with the new mask (and the method's update) in its place, with its `exchanged_windows`.
     """
-    fixed = {p.name: p.weight != 0 for block in find_blocks(model) for p in pruner.projections(block)}
-
+    fixed = {p.name: p.weight != 0 for block in find_blocks(model, projections) for p in pruner.projections(block)}
     other = copy.deepcopy(model)
 
     def judge(step: int) -> dict[str, Any]:
         for name, weight in model.named_parameters():  # what the masks hide, too
             other.get_parameter(name.replace("parametrizations.", "").removesuffix(".original")).copy_(weight)
-        masks: Mapping[str, Any] = prune_model(other, pruner, calibration)
+        masks: Mapping[str, Any] = prune_model(other, pruner, calibration, projections=projections)
         now, then = losses(model), losses(other)
         return {
             "loss": sum(now) / len(now),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
@@ -16,20 +17,25 @@ from omegaconf import OmegaConf
 from dass.errors import DassError
 from dass.manifests import read_manifest
 from dass.records import read_record
+from dass.sparsity import read_masks
 from experiments import prune
 from experiments.app import CONF
 from experiments.public import public
 from experiments.resolve import check
 from experiments.sweep import plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
+from report.grid import MISSING
 from report.kinds import KINDS, Material
 from report.reading import runs_of
+from report.repair import UPDATES
 from report.rows import COLUMNS
 from tests.experiments.test_prune import ROOT, command, records, setting  # noqa: F401  (a fixture)
+from tests.report.test_kinds import material
 
 PAPER = {  # the paper's models, methods and settings, counted by hand
     "table1_perplexity": 6 * (1 + 4 * 3 + 4 * 2 * 3),
     "table_glu_variants": 3 * (1 + 4 * 2 + 4 * 2),
+    "stability": 2 * 4,
     "table_repair": 2 * (1 + 6 * 5 * 2),
     "table_no_glu": 4 * (1 + 5 * 2 + 1),
     "table_activations": 3 * (1 + 4 * 2 + 1),
@@ -83,7 +89,8 @@ def test_every_experiment_is_counted_here_and_has_a_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = makefile.split("EXPERIMENTS := ")[1].split("\n\n")[0].replace("\\\n", " ").split("\n")[0].split()
     names = {"table1_perplexity" if target == "table1" else target.replace("-", "_") for target in targets}
-    assert names == set(PAPER) - {"reproduce", "table_scale", "table_repair", "table_hardware"}  # quick, and long
+    long = {"table_scale", "table_repair", "table_hardware", "stability"}
+    assert names == set(PAPER) - {"reproduce"} - long  # the one is quick
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))
@@ -228,6 +235,32 @@ def test_the_composed_config_is_what_a_record_holds(setting, hydra, tmp_path):  
     expected = public(OmegaConf.to_container(config, resolve=True))
     expected["evaluation"]["bos"] = "tokenizer"  # nobody said it: what it was found to be
     assert record["config"] == expected and resolved["dtype"] == "float32"
+
+
+def test_the_repairs_of_an_experiment(hydra, setting, tmp_path):  # noqa: F811
+    """Its own runs of one method on a tiny model: what each repair may change, what it must not, and the table."""
+    _, jobs, _ = sweep_of("table_repair", "small")
+    jobs = [[one for one in job if not one.startswith("model=")] for job in jobs]
+    jobs = [job for job in jobs if {"method=wanda", "sparsity=2of4"} <= set(job)][::3]  # there are three models
+    sizes, keep = ["calibration.n_sequences=null", "evaluation.n_windows=null"], {}
+    for job in jobs:
+        folder = tmp_path / "masks" / str(len(keep))
+        config = compose("prune", [*job, *setting, *sizes, f"masks={folder}"])
+        prune.main(config)
+        keep[config.method["update"]] = read_masks(folder)[0]["model.layers.0.mlp.up_proj"].keep
+    found = {one["config"]["method"]["update"]: one for one in records(tmp_path)}
+    assert found.keys() == keep.keys() == set(UPDATES)
+    for update, record in found.items():
+        assert record["sparsity"]["targeted"] == 0.5 and runs_of([record])
+        facts = record["sparsity"]["projections"].values()
+        assert all(("damping" in one) == (update in ("obs", "swap_obs")) for one in facts)
+        assert all(("mlp_error_after" in one) == (update == "mlp") for one in facts)
+        assert all(one["mlp_error_after"] < one["mlp_error_before"] for one in facts if update == "mlp")
+    assert len({tuple(record["windows"]) for record in found.values()}) == len(UPDATES)  # each does something
+    same = [("none", "obs"), ("none", "mlp"), ("swap", "swap_obs"), ("none", "swap")]
+    assert [torch.equal(keep[one], keep[other]) for one, other in same] == [True, True, True, False]
+    table = KINDS["repair"](material(*records(tmp_path))).grids[0].frame
+    assert list(table.Method) == ["wanda"] and not (table == MISSING).any(axis=None)
 
 
 def test_the_price_of_compliance_from_runs_to_the_table(setting, hydra, tmp_path):  # noqa: F811

@@ -1,0 +1,63 @@
+"""The stage of training: the pruned model under its mask, which is chosen anew at each evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dass.data.calibration import calibration_tokens
+from dass.data.tokens import Tokenizer
+from dass.errors import DassError
+from dass.evaluation import door
+from dass.pruning.layout import find_blocks
+from dass.resume import Kept
+from dass.training.masked import Recipe, train
+from dass.training.stability import Dense, dense_weights, judged, put_back
+from experiments.resolve import Plan
+from experiments.walked import Log
+
+
+def text_of(plan: Plan, tokenizer: Tokenizer | None) -> Tensor | None:
+    """What is trained on: another draw of the calibration's text; None where nothing is."""
+    config = plan.config
+    if not config.finetune.steps:
+        return None
+    if plan.dtype != "float32":
+        raise DassError(f"Weights are trained in fp32, not in {plan.dtype}: set model.dtype=float32.", "model.dtype")
+    drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
+    drawn["n_sequences"] = config.finetune.n_sequences
+    return calibration_tokens(tokenizer=tokenizer, seed=config.seed + 1, **drawn)
+
+
+def dense_of(plan: Plan, model: PreTrainedModel) -> Dense:
+    """Copies of the weights that are pruned, where training is to follow."""
+    (pruner,) = plan.pruners.values()
+    return dense_weights(pruner, find_blocks(model, plan.config.model.projections))
+
+
+def train_on(
+    plan: Plan,
+    model: PreTrainedModel,
+    dense: Dense,
+    calibration: Tensor | None,
+    text: Tensor,
+    evaluation: door.Evaluation,
+    kept: Kept,
+    log: Log,
+) -> list[dict[str, Any]]:
+    """Train the pruned model; what was said of it at each evaluation, see `judged`."""
+    config, (pruner,) = plan.config, plan.pruners.values()
+
+    def losses(one: PreTrainedModel) -> list[float]:
+        return door.evaluate(evaluation, one, config.batch_size)[1]
+
+    judge = judged(model, pruner, calibration, losses, config.model.projections)
+
+    def logged(step: int) -> dict[str, Any]:
+        found = judge(step)
+        log({f"training/{key}": found[key] for key in ("loss", "overlap", "exchanged")} | {"training/step": step})
+        return found
+
+    recipe = Recipe(**{key: value for key, value in vars(config.finetune).items() if key != "n_sequences"})
+    return train(model, put_back(dense), text, recipe, logged, Path(kept.folder), f"{plan.run_id} {kept.by}")

@@ -1,0 +1,80 @@
+"""The stage of training in a run: what the record holds, another identity, kill and resume, bad input, the report."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from dass.errors import DassError
+from dass.records import read_records
+from experiments.report import ReportConfig, report
+from report.kinds import KINDS
+from report.reading import runs_of
+from tests.experiments.test_prune import composed, identity, records, run, setting  # noqa: F401  (a fixture)
+from tests.report.test_kinds import drawn, material
+
+TRAINED = ["finetune.steps=4", "finetune.every=2", "finetune.batch=2", "finetune.n_sequences=6"]
+TRAINED += ["finetune.learning_rate=0.01", "method=wanda"]
+
+
+def test_a_run_that_is_trained_on(setting, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Its record follows loss and mask; killed in the middle, it goes on to the same numbers."""
+    run(*setting, "method=wanda")
+    run(*setting, *TRAINED)
+    plain, trained = sorted(records(tmp_path), key=lambda record: "training" in record)
+    history = trained["training"]
+    assert [one["step"] for one in history] == [0, 2, 4] and history[0]["overlap"] == 1
+    assert history[0]["windows"] == pytest.approx(plain["windows"], rel=1e-5)
+    assert history[-1]["windows"] == pytest.approx(trained["windows"], rel=1e-5)
+    assert history[-1]["loss"] < history[0]["loss"] and trained["sparsity"]["targeted"] == 0.5
+    assert trained["determinants"]["method"]["training"]["steps"] == 4 and "training" in trained["stages"]
+    (tmp_path / "runs" / f"{trained['id']}.json").unlink()
+    original, seen = torch.nn.utils.clip_grad_norm_, []  # not a function of ours, whose code the identity holds
+
+    def killed(*arguments):
+        seen.append(1)
+        return original(*arguments) if len(seen) < 4 else sys.exit(1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", killed)
+    with pytest.raises(SystemExit):
+        run(*setting, *TRAINED)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", original)
+    run(*setting, *TRAINED)
+    assert "goes on behind step 2" in capsys.readouterr().err
+    again = json.loads((tmp_path / "runs" / f"{trained['id']}.json").read_text())
+    assert again["training"] == history and not list((tmp_path / "runs").glob(".*/training.json"))
+    made = KINDS["stability"](material(*read_records(tmp_path / "runs")))
+    frame = made.grids[0].frame
+    assert list(frame.Step) == ["0", "2", "4", "—"] and frame.Overlap[0] == "1.000"
+    assert frame.Loss[0].startswith(f"{history[0]['loss']:.4f}") and frame.Exchanged[0].startswith("≈")
+    assert len(drawn(made).axes) == 2
+    report(ReportConfig(records=str(tmp_path / "runs"), output=str(tmp_path / "out")))
+    assert len(runs_of(read_records(tmp_path / "runs"))) == 2
+
+
+def test_training_is_part_of_the_identity(setting):  # noqa: F811
+    same = [[], ["finetune.steps=0"], ["finetune.batch=9"]]
+    assert len({identity(setting, "method=wanda", *one) for one in same}) == 1
+    other = [[], TRAINED, [*TRAINED, "finetune.learning_rate=0.02"], [*TRAINED, "finetune.n_sequences=5"]]
+    assert len({identity(setting, "method=wanda", *one) for one in other}) == 4
+    magnitude = [[*TRAINED, "method=magnitude"], [*TRAINED, "method=magnitude", "calibration.n_sequences=3"]]
+    assert len({identity(setting, *one) for one in magnitude}) == 2  # the text is read, to train on
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["method=dense"], "finetune.steps=4 has no mask to train under"),
+        (["evaluation=none"], "finetune.steps=4 is judged by a text: give one"),
+        (["memory=stream"], "needs the whole model in memory"),
+        (["method.order=spread"], "in the released order"),
+        (["finetune.loss=distill"], "for experiments.finetune"),
+        (["finetune.batch=7"], "shorter than one batch of 7"),
+        (["finetune.every=0"], "every=0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(setting, tmp_path, changes, says):  # noqa: F811
+    with pytest.raises(DassError, match=says):
+        run(*setting, *TRAINED, *changes)
+    assert not records(tmp_path)
