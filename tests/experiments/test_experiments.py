@@ -141,11 +141,11 @@ def test_a_sweep_of_ones_own_has_a_manifest_of_its_own(hydra):
 
 
 def test_a_dry_run_prints_every_run_and_loads_nothing(tmp_path):
-    settings = ["model=llama2_70b,mistral_7b", "sparsity=4of8", "dry_run=true", f"results_dir={tmp_path}", "device=cpu"]
+    settings = ["model=llama2_70b", "sparsity=4of8", "dry_run=true", f"results_dir={tmp_path}", "device=cpu"]
     done = command("experiment=table1_perplexity", "scale=paper", *settings)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
-    assert len(lines) == 2 * (1 + 4 + 4 * 3)
+    assert len(lines) == 1 + 4 + 4 * 3
     assert len({line.split()[0] for line in lines}) == len(lines)
     assert sum("meta-llama/Llama-2-70b-hf @ 3aba440b" in line for line in lines) == 1 + 4 + 4 * 3
     assert any("llama2_70b dass 4:8: model" in line and "128 x 2048 tokens" in line for line in lines)

@@ -136,9 +136,6 @@ def test_the_group_does_not_shadow_a_setting():
 
 
 def test_the_command_line():
-    command = [sys.executable, "-m", "experiments.plan", "model=llama31_405b", "device=h200"]
-    ran = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=True)
-    assert "405,853,388,800" in ran.stdout
-    command[-1] = "device=gtx"
+    command = [sys.executable, "-m", "experiments.plan", "model=llama31_405b", "device=gtx"]
     ran = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and ran.stderr.startswith("error: The device gtx")

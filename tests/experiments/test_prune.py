@@ -493,13 +493,11 @@ def command(*overrides, **environment):
 
 
 def test_the_command_line_tells_errors_in_one_line(setting):
-    for overrides, says in [(["sparsity.ration=1"], "ration"), (["model.path=/nowhere"], "/nowhere")]:
-        result = command(*setting, *overrides)
-        assert result.returncode == 1
-        assert len(result.stderr.strip().splitlines()) == 1 and says in result.stderr, result.stderr
-    for overrides, environment in [(["debug=true"], {}), ([], {"HYDRA_FULL_ERROR": "1"})]:
-        result = command(*setting, "model.path=/nowhere", *overrides, **environment)
-        assert result.returncode == 1 and "Traceback" in result.stderr
+    result = command(*setting, "sparsity.ration=1")
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1 and "ration" in result.stderr, result.stderr
+    result = command(*setting, "model.path=/nowhere", "debug=true")
+    assert result.returncode == 1 and "Traceback" in result.stderr
 
 
 def test_a_sweep_goes_on_after_a_failing_run(setting, tmp_path):
