@@ -264,15 +264,18 @@ def score(
     """Evaluate the model, and put the metrics into the record, and the size of the batches."""
     resolved = record["config"]["resolved"]
     size = record["config"]["batch_size"] or door.batch_size_of(evaluation, model)
+    sizes = [size]
 
     def halved(smaller: int) -> None:
         note_halved(smaller)
-        resolved["evaluation_batch_size"] = smaller
-        resolved.setdefault("halved_from", {})["evaluation"] = size
+        sizes.append(smaller)
 
     resolved["evaluation_batch_size"] = size
     own = kept if rank() == 0 else None
     record["metrics"], record["windows"] = door.evaluate(evaluation, model, size, shelf, own, halved)
+    if (smallest := min(everyone(sizes[-1]))) < size:
+        resolved["evaluation_batch_size"] = smallest
+        resolved.setdefault("halved_from", {})["evaluation"] = size
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from dass.audit import as_dict, audit
-from dass.distributed import first, gathered, rank
+from dass.distributed import everyone, first, gathered, rank
 from dass.errors import DassError, told
 from dass.memory import note_halved
 from dass.models import DTYPES, batch_size_for, resolve_dtype
@@ -129,6 +129,7 @@ def prune(
         say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
         bar.update()
     bar.close()
+    walked.halved = min((size for size in everyone(walked.halved) if size is not None), default=None)
     if walked.rare:
         print(
             f"note: {len(walked.rare)} experts saw too few calibration tokens, the fewest {min(walked.rare.values())}: "

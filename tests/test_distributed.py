@@ -29,6 +29,7 @@ from experiments.prune import main
 from experiments.resolve import check
 from tests.experiments.test_prune import composed, records, setting  # noqa: F401  (a fixture)
 from tests.models import random_tokens, tiny_model
+from tests.test_memory import Fault
 from tests.test_resume import ended, killed_at, overrides, same
 
 ROOT = Path(__file__).parents[1]
@@ -305,6 +306,20 @@ def test_a_failed_evaluation_of_one_process_leaves_the_record_and_the_others(set
     assert one == ["Elsewhere Process 2 of 2: ZeroDivisionError: division by zero", record["id"]]
     assert other == ["ZeroDivisionError division by zero", record["id"]]
     assert record["failed"] == {} and len(record["windows"]) == 10
+
+
+def test_the_record_tells_of_smaller_batches_of_any_process(setting, tmp_path):  # noqa: F811
+    def narrow():
+        with pytest.MonkeyPatch.context() as patch:
+            if rank() == 1:
+                Fault(patch, rows=1)
+            return runs([*setting, "batch_size=2"])
+
+    in_processes(2, narrow, tmp_path / "meeting")
+    (record,) = records(tmp_path)
+    resolved = record["config"]["resolved"]
+    assert resolved["halved_from"] == {"pruning": 2, "evaluation": 2}
+    assert (resolved["batch_size"], resolved["evaluation_batch_size"]) == (1, 1)
 
 
 def torchrun(count, *overrides):
