@@ -12,8 +12,9 @@ Hydra finds plugins in a namespace package of this name only. An experiment in `
           - {method: "wanda,dass", sparsity: "4of8,2of4"}
 
 Each grid is the Cartesian product of its comma-separated values; it is swept once for each of the scale's entries,
-which add to it or replace its values. What the command line says takes the place of both. Without grids it is Hydra's
-basic sweep.
+which add to it or replace its values. Of values that a grid lists the command line chooses (`method=wanda`); others
+take the place of what is listed (`method=ria`, `evaluation.n_windows=99`), in those runs that have such a setting.
+Without grids it is Hydra's basic sweep.
 """
 
 import itertools
@@ -30,7 +31,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -78,7 +79,7 @@ class GridsSweeper(Sweeper):
             if argument.startswith(("experiment=", "scale=")) and "," in argument:
                 raise HydraException(f"{argument}: one experiment at one scale is a sweep; give one after the other.")
         jobs = jobs_of(self.grids, self.scales.get(self.scale or "", [{}]), arguments)
-        self.validate_batch_is_legal(jobs)
+        jobs = self.composable(jobs)
         from dass.distributed import first, together, world  # late: Hydra scans all plugins
         from experiments.scratch import LATER
         from experiments.sweep import begin_sweep, finish_sweep
@@ -107,6 +108,23 @@ class GridsSweeper(Sweeper):
             raise failed[0]._return_value
         return results
 
+    def composable(self, jobs: list[list[str]]) -> list[list[str]]:
+        """The jobs whose settings exist; raises what Hydra says where there is none, or no experiment lists them."""
+        fitting: list[list[str]] = []
+        misfits: dict[str, ConfigCompositionException] = {}
+        for job in jobs:
+            try:
+                self.validate_batch_is_legal([job])
+                fitting.append(job)
+            except ConfigCompositionException as error:
+                misfits[" ".join(one for one in job if one.startswith(("method=", "update=")))] = error
+        if misfits and (not fitting or self.grids == [{}]):
+            raise next(iter(misfits.values()))
+        if misfits:
+            left_out = f"{len(jobs) - len(fitting)} of {len(jobs)} runs of the experiment are left out"
+            print(f"note: {left_out}, which have no such setting: {', '.join(misfits)}", file=sys.stderr)
+        return fitting
+
 
 def jobs_of(grids: list[Grid], variants: list[Grid], arguments: list[str]) -> list[list[str]]:
     """The overrides of every job, each job once, in the order of the grids.
@@ -114,12 +132,30 @@ def jobs_of(grids: list[Grid], variants: list[Grid], arguments: list[str]) -> li
     Args:
         grids: from a key of the config to its value, or to several of them separated by commas.
         variants: more of the same; each is merged into every grid.
-        arguments: the command line's overrides; a key given here is no longer taken from a grid.
+        arguments: the command line's overrides. One all of whose values are listed in grids chooses: of a grid that
+            lists its key those values, and nothing of one that leaves this part of the method as it is. Any other one
+            is no longer taken from a grid.
     """
     parser = OverridesParser.create()
+
+    def one_by_one(overrides: list[str]) -> list[list[str]]:
+        return BasicSweeper.split_arguments(parser.parse_overrides(overrides), None)[0]
+
+    def values(overrides: list[str]) -> dict[str, set[str]]:
+        return {one.split("=", 1)[0]: {job[0] for job in one_by_one([one])} for one in overrides}
+
+    merged = [[f"{key}={value}" for key, value in {**a, **b}.items()] for a, b in itertools.product(grids, variants)]
+    listed = set().union(*(own for grid in merged for own in values(grid).values()))
+    choosing = [key for key, given in values(arguments).items() if given <= listed]
     jobs: dict[frozenset[str], list[str]] = {}
-    for grid, variant in itertools.product(grids, variants):
-        given = [f"{key}={value}" for key, value in {**grid, **variant}.items()]
-        for job in BasicSweeper.split_arguments(parser.parse_overrides(given + arguments), None)[0]:
-            jobs.setdefault(frozenset(job), job)
+    for grid in merged:
+        own = values(grid)
+        for job in one_by_one(grid + arguments):
+            chosen = (own[key] & {*job} if key in own else not _is_of_method(key) for key in choosing)
+            if all(chosen):
+                jobs.setdefault(frozenset(job), job)
     return list(jobs.values())
+
+
+def _is_of_method(key: str) -> bool:
+    return key == "update" or key.startswith("method.")

@@ -84,6 +84,31 @@ def test_a_grid_is_a_product_and_the_command_line_takes_its_place():
     assert jobs_of([{}], [{}], ["method=wanda,dass"]) == [["method=wanda"], ["method=dass"]]
 
 
+def test_values_that_are_listed_are_chosen():
+    grids = [
+        {"method": "dense"},
+        {"method": "wanda,dass", "sparsity": "2of4,4of8"},
+        {"method": "dass", "sparsity": "2of4", "method.order": "random", "method.order_seed": "0,1"},
+        {"method": "wanda,dass", "sparsity": "2of4", "update": "swap,mlp", "method.epochs": 1},
+    ]
+
+    def jobs(*arguments):
+        return {" ".join(sorted(job)) for job in jobs_of(grids, [{}], list(arguments))}
+
+    assert jobs("sparsity=2of4", "method=dense,dass", "method.order=random") == {
+        "method.order=random method.order_seed=0 method=dass sparsity=2of4",
+        "method.order=random method.order_seed=1 method=dass sparsity=2of4",
+    }
+    assert jobs("update=mlp", "method=wanda") == {"method.epochs=1 method=wanda sparsity=2of4 update=mlp"}
+    assert jobs("sparsity=4of8") == {
+        "method=dense sparsity=4of8",  # which has no pattern
+        "method=wanda sparsity=4of8",
+        "method=dass sparsity=4of8",
+    }
+    assert len(jobs("method=dass,wanda")) == len(jobs()) - 1
+    assert len(jobs("method=ria")) == 7 and all("method=ria" in job for job in jobs("method=ria"))
+
+
 def test_every_experiment_is_counted_here_and_has_a_target():
     assert set(PAPER) == {path.stem for path in (CONF / "experiment").glob("*.yaml")}
     makefile = (ROOT / "Makefile").read_text()
@@ -150,6 +175,18 @@ def test_a_dry_run_prints_every_run_and_loads_nothing(tmp_path):
     assert sum("meta-llama/Llama-2-70b-hf @ 3aba440b" in line for line in lines) == 1 + 4 + 4 * 3
     assert any("llama2_70b dass 4:8: model" in line and "128 x 2048 tokens" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_without_a_setting_that_is_given_are_left_out(tmp_path):
+    given = ["experiment=ablation_update", "sparsity=2of4", "dry_run=true", f"results_dir={tmp_path}", "device=cpu"]
+    done = command(*given, "method=dense,dass", "method.update=swap", "method.order=matched")
+    assert done.returncode == 0 and "runs of the experiment are left out, which have no such setting: method=dense" in (
+        done.stderr
+    )
+    lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
+    assert lines and all("dass 2:4 matched" in line for line in lines)
+    done = command(*given, "method.updat=swap")
+    assert done.returncode == 1 and "method.updat" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_failing_run_of_a_sweep_is_told_in_its_manifest(setting, tmp_path):  # noqa: F811
