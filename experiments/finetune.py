@@ -115,7 +115,7 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     )
     # products as the model's own dtype has them on a GPU, and as asked for on the CPU
     products = DTYPES[stored] if config.model.dtype != "auto" or device.type == "cuda" else torch.float32
-    history = train(model, keep, sequences, config.finetune, judge, beside, by, teacher, products)
+    history, _ = train(model, keep, sequences, config.finetune, judge, beside, by, teacher, products)
     steps = {f"loss after {one['step']} steps": f"{one['loss']:.4f}" for one in history}
     facts = {"training": ", ".join(f"{key}={value}" for key, value in vars(config.finetune).items())}
     facts |= {"text": f"{config.calibration.name}, {len(sequences)} x {sequences.shape[1]} tokens"} | steps

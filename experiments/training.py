@@ -45,8 +45,8 @@ def train_on(
     evaluation: door.Evaluation,
     kept: Kept,
     log: Log,
-) -> list[dict[str, Any]]:
-    """Train the pruned model; what was said of it at each evaluation, see `judged`."""
+) -> tuple[list[dict[str, Any]], float]:
+    """Train the pruned model; what was said of it at each evaluation, see `judged`, and seconds as `train` says."""
     config, (pruner,) = plan.config, plan.pruners.values()
 
     def losses(one: PreTrainedModel) -> list[float]:

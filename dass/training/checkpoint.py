@@ -23,6 +23,8 @@ class State(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     step: int
+    seconds: float
+    """Since the training began, in all processes."""
     history: list[dict[str, Any]]
     sha256: str
     """Of the file of tensors."""
@@ -34,6 +36,7 @@ def keep(
     folder: Path,
     by: str,
     step: int,
+    seconds: float,
     history: list[dict[str, Any]],
     weights: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -42,7 +45,7 @@ def keep(
     path = folder / TENSORS.format(step)
     moments = {f"{key} {n}": optimizer.state[p][key] for n, p in weights.items() if step for key in MOMENTS}
     write_tensors(path, {f"weight {n}": p.detach() for n, p in weights.items()} | moments)
-    state = State(step=step, history=history, sha256=file_sha256(path), by=by)
+    state = State(step=step, seconds=seconds, history=history, sha256=file_sha256(path), by=by)
     write_atomically(folder / STATE, state.model_dump_json())
     for other in folder.glob(TENSORS.format("*")):
         if other != path:
@@ -52,8 +55,8 @@ def keep(
 @torch.no_grad()
 def go_on(
     folder: Path, by: str, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[int, list[dict[str, Any]]]:
-    """Bring back what an earlier process has written; the next step, and what was said of the model so far."""
+) -> tuple[int, float, list[dict[str, Any]]]:
+    """Bring back what an earlier process has written; the next step, its seconds, and what was said of the model."""
     try:
         state = State.model_validate_json((folder / STATE).read_bytes())
         path = folder / TENSORS.format(state.step)
@@ -61,14 +64,14 @@ def go_on(
             raise ValueError("it is another training's, or damaged")
         tensors = load_file(path)
     except FileNotFoundError:
-        return 0, []
+        return 0, 0.0, []
     except (OSError, ValueError, ValidationError) as error:
         print(f"note: what an earlier training left in {folder} is left aside: {first_line(error)}", file=sys.stderr)
-        return 0, []
+        return 0, 0.0, []
     for name, p in weights.items():
         p.copy_(tensors[f"weight {name}"])
         if state.step:
             moments = {key: tensors[f"{key} {name}"].to(p.device) for key in MOMENTS}
             optimizer.state[p] = {"step": torch.tensor(float(state.step)), **moments}
     print(f"note: training goes on behind step {state.step}, where it was stopped", file=sys.stderr)
-    return state.step, state.history
+    return state.step, state.seconds, state.history

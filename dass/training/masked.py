@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def train(
     by: str,
     teacher: PreTrainedModel | None = None,
     dtype: torch.dtype = torch.float32,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], float]:
     """Train a model under its masks, from where an earlier process was stopped; it is a plain one again at the end.
 
     Args:
@@ -144,7 +145,8 @@ def train(
         dtype: of the products (autocast); weights, gradients and AdamW's moments are fp32.
 
     Returns:
-        What `judge` said, each with its `step` and, but for the first, the mean `training_loss` since.
+        What `judge` said, each with its `step` and, but for the first, the mean `training_loss` since; and the seconds
+        that earlier processes spent on it.
 
     Raises:
         DassError: too little text, a loss that is not finite, no such layer to adapt, or no peft.
@@ -158,7 +160,8 @@ def train(
     by = identity_of({"by": by, "recipe": asdict(recipe), "text": _sha256(sequences), "dtype": str(dtype)})
     with _trainable(model, keep, recipe) as weights:
         optimizer = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=0.0)
-        step, history = go_on(folder, by, weights, optimizer)
+        step, earlier, history = go_on(folder, by, weights, optimizer)
+        began = time.perf_counter() - earlier
         order = _order(len(sequences), recipe)
         losses: list[float] = []
         bar = progress(None, "training", "step", recipe.steps)
@@ -171,9 +174,9 @@ def train(
                 _require_finite(seen["loss"], step, "evaluation", history)
                 of_training = {"training_loss": sum(losses) / len(losses)} if losses else {}
                 history, losses = [*history, {"step": step} | of_training | seen], []
-                keep_checkpoint(folder, by, step, history, weights, optimizer)
+                keep_checkpoint(folder, by, step, time.perf_counter() - began, history, weights, optimizer)
             if step == recipe.steps:
-                return history
+                return history, earlier
             batch = sequences[order[step * recipe.batch : (step + 1) * recipe.batch]].to(model.device)
             losses.append(_step(model, batch, recipe, teacher, dtype))
             _require_finite(losses[-1], step + 1, "training", history)

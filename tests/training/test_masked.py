@@ -38,7 +38,7 @@ def trained(folder, model=None, judge=None, teacher=None, dtype=torch.float32, *
     model = pruned_model() if model is None else model
     recipe, keep = Recipe(**QUICK | changes), kept_weights(find_blocks(model))
     judge = judge or (lambda step: loss_of(model))
-    history = train(model, keep, random_tokens(10, 24), recipe, judge, folder, "here", teacher, dtype)
+    history, _ = train(model, keep, random_tokens(10, 24), recipe, judge, folder, "here", teacher, dtype)
     return model, history, keep
 
 

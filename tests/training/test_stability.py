@@ -31,7 +31,7 @@ def test_the_choice_is_made_anew_from_trained_and_dense_weights(tmp_path, layout
     for one, other in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(one, other)  # nothing is trained yet, and the masks hide nothing
     recipe = Recipe(steps=4, every=2, batch=4, learning_rate=0.02)
-    history = train(model, keep, tokens, recipe, judge, tmp_path, "here")
+    history, _ = train(model, keep, tokens, recipe, judge, tmp_path, "here")
     assert history[0]["windows"] == pytest.approx(start.tolist()) and history[0]["overlap"] == 1
     assert history[0]["exchanged"] == pytest.approx(history[0]["loss"])
     assert history[-1]["windows"] == pytest.approx(window_losses(model, windows).tolist())
