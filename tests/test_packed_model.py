@@ -193,12 +193,22 @@ def test_kernels_need_a_gpu(tmp_path):
         load_packed(tmp_path / "packed", kernels=True)
 
 
-def test_only_accelerated_layers_become_semi_structured(monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "axes", "names"),
+    [
+        ("llama", DASS, ["down_proj"]),
+        ("phi3", DASS, ["down_proj"]),
+        ("phi3", dict.fromkeys(DASS, "in"), ["gate_up_proj", "down_proj"]),
+        ("phi3", DASS | {"up": "in"}, ["down_proj"]),
+    ],
+    ids=["separate", "fused, outputs", "fused, inputs", "fused, half"],
+)
+def test_only_accelerated_layers_become_semi_structured(monkeypatch, architecture, axes, names):
     """As on a GPU, but for the tensors themselves."""
-    model = tiny_model()
-    prune_model(model, BlockPruner(Method("magnitude", DASS, NM(2, 4))), random_tokens())
+    model = tiny_model(architecture)
+    prune_model(model, BlockPruner(Method("magnitude", axes, NM(2, 4))), random_tokens())
     model.bfloat16()
     monkeypatch.setattr("dass.kernels.semi_structured", lambda weight, name: weight * 2)
     first = next(model.parameters())
     monkeypatch.setattr(type(first), "device", property(lambda _: torch.device("cuda")), raising=False)
-    assert speed_up(model) == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert speed_up(model) == [f"model.layers.{i}.mlp.{n}" for i in range(len(model.model.layers)) for n in names]
