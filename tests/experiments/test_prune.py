@@ -482,6 +482,21 @@ def test_models_that_cannot_be_pruned(setting, tmp_path, how):
     assert sorted(os.listdir(tmp_path)) == ["model", "text.txt", "tokens.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["exclude=no_such"], "exclude=no_such matches none"),
+        (["sparsity=nm", "sparsity.n=3", "sparsity.m=5"], "M=5 does not divide"),
+        (["model.projections={up: up_proj, down: nothing}"], "unknown layout"),
+    ],
+    ids=["exclude", "width", "layout"],
+)
+def test_what_the_shapes_tell_is_told_before_a_weight_is_read(setting, tmp_path, overrides, says):
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weight is read")
+    with pytest.raises(DassError, match=says):
+        run(*setting, "method=wanda", *overrides)
+
+
 def command(*overrides, **environment):
     return subprocess.run(
         [sys.executable, "-m", "experiments.prune", *overrides],
