@@ -102,6 +102,8 @@ def check(config: DictConfig) -> Plan:
     spreads, one_place = model.device_map is not None, plain.memory == "stream" or plain.device != "auto"
     given = [name for name in MODEL_SOURCES if getattr(model, name) is not None]
     plan = Plan(plain, composed, pruners_of(plain))
+    if not plan.pruners:
+        plain.masks = None  # in a sweep with methods the dense model has none to write
     writes = " and ".join(name for name in ("masks", "save_model") if getattr(plain, name) is not None)
     known_words = words is None or (isinstance(words, dict) and all(isinstance(word, str) for word in words.values()))
     trains, tuning = plain.finetune.steps > 0, f"finetune.steps={plain.finetune.steps}"
@@ -117,7 +119,6 @@ def check(config: DictConfig) -> Plan:
         (not (spreads and one_place), "model.device_map=auto takes all GPUs and no disk: leave out device and memory."),
         (experts is None or experts >= 1, f"calibration.min_expert_tokens={experts} must be at least 1."),
         (not (plan.compares and writes), f"{writes} has nothing to write where methods are only compared: choose one."),
-        (plan.pruners or plain.masks is None, "masks=DIR has nothing to write for the dense model: choose a method."),
         (not trains or (plan.pruners and not plan.compares), f"{tuning} has no mask to train under: choose a method."),
         (
             not trains or (scores and plain.evaluation.name not in ZERO_SHOT),
