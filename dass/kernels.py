@@ -52,14 +52,17 @@ def semi_structured(weight: Tensor, kernel: str | None = None, name: str = "a la
 def speed_up(model: nn.Module) -> list[str]:
     """Put semi-structured tensors in the place of the linear layers that the audit calls accelerated; their names.
 
+    A layer that is gate and up at once must be so as a whole. torch has no such product for experts of three
+    dimensions, nor for GPT-2's transposed layers, which stay as they are.
+
     Raises:
         DassError: the model is not on a GPU.
     """
     if next(model.parameters()).device.type != "cuda":
         raise DassError("Semi-structured tensors need a GPU: load the packed model without them.", field="device")
-    names = []
-    for p in (p for block in find_blocks(model) for p in block.projections):
-        if isinstance(p.module, nn.Linear) and p.rows is None and audit_matrix(p.weight).status == ACCELERATED:
-            p.module.weight = nn.Parameter(semi_structured(p.weight, name=p.name), requires_grad=False)
-            names.append(p.name)
+    names, layers = [], {p.module for block in find_blocks(model) for p in block.projections}
+    for name, layer in model.named_modules():
+        if layer in layers and isinstance(layer, nn.Linear) and audit_matrix(layer.weight).status == ACCELERATED:
+            layer.weight = nn.Parameter(semi_structured(layer.weight.detach(), name=name), requires_grad=False)
+            names.append(name)
     return names

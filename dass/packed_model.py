@@ -21,7 +21,7 @@ from dass.checkpoint import INDEX, model_contents, require_weights
 from dass.errors import DassError, told
 from dass.folders import SEAL, whole_folder
 from dass.kernels import speed_up
-from dass.models import load_model, resolve_device, resolve_dtype
+from dass.models import DTYPES, load_model, resolve_device, resolve_dtype
 from dass.packing import Packed, pack, unpack
 from dass.pruning.masks import NM
 from dass.records import identity_of, read_json
@@ -54,7 +54,8 @@ def pack_model(source: Path, folder: Path) -> dict[str, tuple[int, int, int]]:
         for path in require_weights(source):
             tensors: dict[str, Tensor] = {}
             for key, tensor in _tensors(path):
-                packed = pack(tensor) if tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() else None
+                is_weight = tensor.dtype in DTYPES.values() and tensor.ndim > 1 and tensor.numel()
+                packed = pack(tensor) if is_weight else None
                 if packed is None:
                     tensors[key] = tensor
                 else:

@@ -128,12 +128,16 @@ def chosen_packing(
         weights, kept: how many there are, and are not zero.
         size: of one, in bytes.
     """
-    ways: dict[Packing, NM | None] = {"in": inputs, "out": outputs}
-    for packing, pattern in ways.items():
-        if pattern is not None:
-            return packing, pattern, weights * pattern.n // pattern.m * size + encoded_bytes(weights, pattern)
-    packed = kept * size + encoded_bytes(weights, None)
-    return ("bitmask", None, packed) if packed < weights * size else (None, None, weights * size)
+    dense, axes = weights * size, dict[Packing, NM | None]({"in": inputs, "out": outputs})
+    ways: list[tuple[Packing, NM | None, int]] = [
+        (axis, pattern, weights * pattern.n // pattern.m * size + encoded_bytes(weights, pattern))
+        for axis, pattern in axes.items()
+        if pattern is not None
+    ]
+    for found in (*sorted(ways, key=lambda way: way[2]), ("bitmask", None, kept * size + encoded_bytes(weights, None))):
+        if found[2] < dense:
+            return found
+    return None, None, dense
 
 
 def unpack(packed: Packed) -> Tensor:

@@ -72,6 +72,7 @@ def model_card(
             )
             for metric in metrics
         ],
+        pruning=facts,
     )
     lines = "\n".join(f"- {fact}: {value}" for fact, value in facts.items())
     results = "\n".join(f"- {m['dataset']}, {m['metric']}: {m['value']:.4f} (n = {m['n']})" for m in metrics)

@@ -176,14 +176,22 @@ def load_streamed(
 
 
 def memory_needed(
-    source: str, revision: str | None, dtype: str, projections: dict[str, str] | None = None
+    source: str,
+    revision: str | None,
+    dtype: str,
+    projections: dict[str, str] | None = None,
+    check: Callable[[list[Block]], object] | None = None,
 ) -> tuple[int, int]:
     """Bytes of a model's weights, and of those that are in memory at once where its blocks lie on disk.
 
-    From its configuration alone. A model whose blocks are not understood is needed whole.
+    From its configuration alone.
+
+    Args:
+        check: is given the blocks, which hold no numbers; None: a model whose blocks are not understood will do, and is
+            needed whole.
 
     Raises:
-        DassError: the configuration cannot be read, or its model cannot be pruned here.
+        DassError: the configuration cannot be read, its model cannot be pruned here, or what `check` raises.
     """
     config = load_config(source, revision)
     require_supported(config)
@@ -192,9 +200,14 @@ def memory_needed(
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     size, whole = DTYPES[dtype].itemsize, sum(p.numel() for p in empty.parameters())
     try:
-        blocks = [sum(p.numel() for p in block.module.parameters()) for block in find_blocks(empty, projections)]
+        found = find_blocks(empty, projections)
     except DassError:
+        if check is not None:
+            raise
         return whole * size, whole * size
+    if check is not None:
+        check(found)
+    blocks = [sum(p.numel() for p in block.module.parameters()) for block in found]
     return whole * size, (whole - sum(blocks) + at_once(blocks)) * size
 
 

@@ -33,7 +33,9 @@ def _why_idle(plan: Plan, group: str, name: str) -> str | None:
         return f"{method} reads no calibration tokens"
     if group == "seed" and (not plan.calibrates or SOURCES[config.calibration.name].tokens):
         return "no calibration tokens are drawn"
-    if not plan.pruners and (group in ("sparsity", "targets", "exclude") or (group, name) == ("model", "projections")):
+    if not plan.pruners and (
+        group in ("sparsity", "targets", "exclude", "masks") or (group, name) == ("model", "projections")
+    ):
         return f"{method} prunes nothing"
     if (group, name) == ("model", "revision") and config.model.hub_id is None:
         return "the model is not read from the hub"

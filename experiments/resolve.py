@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from dass.distributed import everyone, world
 from dass.errors import DassError
 from dass.evaluation.door import ZERO_SHOT
 from dass.models import free_memory, resolve_device, resolve_dtype
+from dass.pruning.blocks import MLP_ROLES, ROLES, Block
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.update import UPDATES
@@ -52,6 +54,12 @@ class Plan:
     def calibrates(self) -> bool:
         """Whether the run reads any calibration tokens."""
         return calibrates(self.config, self.pruners)
+
+    def check_blocks(self, blocks: list[Block]) -> None:
+        """Refuse what does not fit the shapes of the blocks, whether or not they hold numbers yet."""
+        _require_excluded(self.config, blocks)
+        for pruner in self.pruners.values():
+            pruner.check(blocks)
 
     @cached_property
     def device(self) -> torch.device:
@@ -94,6 +102,8 @@ def check(config: DictConfig) -> Plan:
     spreads, one_place = model.device_map is not None, plain.memory == "stream" or plain.device != "auto"
     given = [name for name in MODEL_SOURCES if getattr(model, name) is not None]
     plan = Plan(plain, composed, pruners_of(plain))
+    if not plan.pruners:
+        plain.masks = None  # in a sweep with methods the dense model has none to write
     writes = " and ".join(name for name in ("masks", "save_model") if getattr(plain, name) is not None)
     known_words = words is None or (isinstance(words, dict) and all(isinstance(word, str) for word in words.values()))
     trains, tuning = plain.finetune.steps > 0, f"finetune.steps={plain.finetune.steps}"
@@ -109,7 +119,6 @@ def check(config: DictConfig) -> Plan:
         (not (spreads and one_place), "model.device_map=auto takes all GPUs and no disk: leave out device and memory."),
         (experts is None or experts >= 1, f"calibration.min_expert_tokens={experts} must be at least 1."),
         (not (plan.compares and writes), f"{writes} has nothing to write where methods are only compared: choose one."),
-        (plan.pruners or plain.masks is None, "masks=DIR has nothing to write for the dense model: choose a method."),
         (not trains or (plan.pruners and not plan.compares), f"{tuning} has no mask to train under: choose a method."),
         (
             not trains or (scores and plain.evaluation.name not in ZERO_SHOT),
@@ -172,7 +181,8 @@ def streams(plan: Plan) -> bool:
         return False
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if plan.device.type == "cpu" else 1  # processes in this memory
     free //= here
-    whole, streamed = memory_needed(source_of(model), model.revision, plan.dtype, model.projections)
+    check = plan.check_blocks if plan.pruners else None
+    whole, streamed = memory_needed(source_of(model), model.revision, plan.dtype, model.projections, check)
     is_streamed = config.memory == "stream"
     if config.memory == "auto" and whole + whole // 2 > free and world() > 1:
         raise DassError(
@@ -200,6 +210,15 @@ def streams(plan: Plan) -> bool:
             f"finetune.steps={config.finetune.steps} needs the whole model in memory: set memory=resident.", "memory"
         )
     return is_streamed
+
+
+def _require_excluded(config: PruneConfig, blocks: list[Block]) -> None:
+    """Raise DassError where one of the two `exclude` matches nothing, which the other would hide."""
+    roles = ROLES if config.targets == "all" else MLP_ROLES
+    names = [p.name for block in blocks for p in block.projections if p.role in roles]
+    for key, exclude in (("exclude", config.exclude), ("method.exclude", config.method.get("exclude"))):
+        if exclude and not any(re.search(exclude, name) for name in names):
+            raise DassError(f"{key}={exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", key)
 
 
 def _require_separate_folders(config: PruneConfig) -> None:

@@ -1,6 +1,5 @@
 """The stage of pruning: the walk over the blocks, and what it leaves behind."""
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from dass.errors import DassError, told
 from dass.memory import note_halved
 from dass.models import DTYPES, batch_size_for, resolve_dtype
 from dass.progress import progress, say
-from dass.pruning.blocks import MLP_ROLES, ROLES, Block, resident
+from dass.pruning.blocks import Block, resident
 from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs
 from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import Pruned
@@ -85,9 +84,7 @@ def prune(
     stored = DTYPES[resolve_dtype(config.model.dtype, source, config.model.revision)]
     pruners = [pruner.storing(stored) for pruner in plan.pruners.values()]
     blocks = find_blocks(model, config.model.projections)
-    require_excluded(plan, blocks)
-    for pruner in pruners:
-        pruner.check(blocks)
+    plan.check_blocks(blocks)
     if config.calibration.min_expert_tokens is not None and not any(u.routed for block in blocks for u in block.units):
         print("note: calibration.min_expert_tokens has no effect: the model has no experts", file=sys.stderr)
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
@@ -188,15 +185,6 @@ def _restored(
     print(f"note: goes on behind block {state.next} of {len(blocks)}, where it was stopped", file=sys.stderr)
     count = sum(name.startswith("batch ") and name.endswith(f" of {rank()}") for name in tensors)
     return state.next, [tensors[f"batch {i} of {rank()}"] for i in range(count)]
-
-
-def require_excluded(plan: Plan, blocks: list[Block]) -> None:
-    """Raise DassError where one of the two `exclude` matches nothing, which the other would hide."""
-    roles = ROLES if plan.config.targets == "all" else MLP_ROLES
-    names = [p.name for block in blocks for p in block.projections if p.role in roles]
-    for key, exclude in (("exclude", plan.config.exclude), ("method.exclude", plan.config.method.get("exclude"))):
-        if exclude and not any(re.search(exclude, name) for name in names):
-            raise DassError(f"{key}={exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", key)
 
 
 def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_masks: bool) -> float:

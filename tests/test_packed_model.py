@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -78,6 +78,18 @@ def test_it_is_smaller_and_loads_into_transformers(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     assert load_packed(tmp_path / "packed", "float32").dtype == torch.float32
+
+
+def test_what_is_no_number_to_prune_by_is_left_as_it_is(tmp_path):
+    """Another tool's folder may hold numbers of 8 bits, and anything else."""
+    save_pruned(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    others = {"fp8": torch.zeros(8, 8).to(torch.float8_e4m3fn), "ints": torch.zeros(8, 8, dtype=torch.int64)}
+    save_file(load_file(path) | others | {"none": torch.zeros(0, 4), "one": torch.tensor(1.0)}, path)
+    sums = pack_model(tmp_path / "model", tmp_path / "packed")
+    assert sums["dense"][0] == len(load_file(path)) - 9
+    unpack_model(tmp_path / "packed", tmp_path / "again")
+    require_same(tmp_path / "model", tmp_path / "again")
 
 
 def test_the_command(tmp_path, capsys):
@@ -181,12 +193,22 @@ def test_kernels_need_a_gpu(tmp_path):
         load_packed(tmp_path / "packed", kernels=True)
 
 
-def test_only_accelerated_layers_become_semi_structured(monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "axes", "names"),
+    [
+        ("llama", DASS, ["down_proj"]),
+        ("phi3", DASS, ["down_proj"]),
+        ("phi3", dict.fromkeys(DASS, "in"), ["gate_up_proj", "down_proj"]),
+        ("phi3", DASS | {"up": "in"}, ["down_proj"]),
+    ],
+    ids=["separate", "fused, outputs", "fused, inputs", "fused, half"],
+)
+def test_only_accelerated_layers_become_semi_structured(monkeypatch, architecture, axes, names):
     """As on a GPU, but for the tensors themselves."""
-    model = tiny_model()
-    prune_model(model, BlockPruner(Method("magnitude", DASS, NM(2, 4))), random_tokens())
+    model = tiny_model(architecture)
+    prune_model(model, BlockPruner(Method("magnitude", axes, NM(2, 4))), random_tokens())
     model.bfloat16()
     monkeypatch.setattr("dass.kernels.semi_structured", lambda weight, name: weight * 2)
     first = next(model.parameters())
     monkeypatch.setattr(type(first), "device", property(lambda _: torch.device("cuda")), raising=False)
-    assert speed_up(model) == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert speed_up(model) == [f"model.layers.{i}.mlp.{n}" for i in range(len(model.model.layers)) for n in names]

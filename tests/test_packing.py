@@ -132,6 +132,18 @@ def test_dense_and_nearly_dense_matrices_are_not_packed():
     assert pack(weight) is None
     weight[:, ::8] = 0
     assert pack(weight).pattern == NM(7, 8)
+    weight = torch.randn(32, 64, dtype=torch.bfloat16)
+    weight[:, ::32] = 0  # 31:32, whose bits take as much as it saves, and more
+    assert pack(weight) is None
+
+
+def test_of_two_axes_the_smaller_one_is_packed():
+    """1:32 along the outputs leaves 2:4 along the inputs by chance."""
+    weight = torch.zeros(32, 64, dtype=torch.bfloat16)
+    weight[torch.arange(64) // 2, torch.arange(64)] = 1
+    assert nm_along(weight != 0) == NM(2, 4)
+    packed = pack(weight)
+    assert (packed.packing, packed.pattern) == ("out", NM(1, 32))
 
 
 def test_patterns_are_found_in_which_weights_are_kept():

@@ -247,6 +247,7 @@ def test_the_card_tells_the_hub_and_people():
     ]
     for said in (*CARD["facts"].values(), CARD["command"], "perplexity: 7.2500 (n = 40)"):
         assert said in card.text
+    assert card.data.to_dict()["pruning"] == CARD["facts"]
     other = ModelCard(model_card("a", "b", "Gemma Terms of Use, https://x", "c", {})).data
     assert (other.license, other.license_name) == ("other", "Gemma Terms of Use, https://x")
     assert ModelCard(model_card("a", "b", None, "c", {})).data.license is None

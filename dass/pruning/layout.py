@@ -126,7 +126,9 @@ def _map_block(name: str, module: nn.Module, width: int | None, given: Mapping[s
         routers = [m for m in matrices if len(m.shape) == 2 and (m.shape[0] == 1 or m.shape[0] in experts)]
         rest = [m for m in matrices if m not in routers]
         unit_name = ".".join(part for part in (name, place) if part)
-        own = _given_unit(unit_name, rest, given) if roles_given else _units(unit_name, rest, width)
+        own: list[Unit] = []
+        for some in (rest, matrices):  # an MLP, too, may have as many rows as there are experts
+            own = own or (_given_unit(unit_name, some, given) if roles_given else _units(unit_name, some, width))
         if (
             place or len(places) == 1 or roles_given
         ):  # linear layers of the block itself are its MLP only if nothing else is

@@ -19,7 +19,7 @@ from dass.pruning.order import ORDERS, Neurons, heads_of, move, reorder, seeded
 from dass.pruning.outputs import Outputs
 from dass.pruning.products import extent_of
 from dass.pruning.statistics import Statistics, Streams
-from dass.pruning.update import UPDATES, Choose, Rows
+from dass.pruning.update import UPDATES, Choose, Rows, require_obeyed
 
 Needs = dict[str, bool]
 """What a method must see in a block, by what is read (`Projection.reads`): whether with its Hessian."""
@@ -230,7 +230,9 @@ class BlockPruner:
         result = update.function(rows, statistics.only(needs), **method.parameters_of(update))
         inverse = next(iter(statistics.inverses.values()), None)
         damping = (inverse.damping, inverse.attempts) if inverse else (None, None)
-        for p, (weight, _) in zip(group, result, strict=True):
+        for p, (weight, mask) in zip(group, result, strict=True):
+            if method.update != "none":
+                require_obeyed(method.update, p.name, p.weight, weight, mask, answers)
             if extent_of(weight) != extent_of(p.weight):  # else it was changed in place
                 p.weight.copy_(weight)
             require_finite(weight, f"The updated weights of {p.name}", answers)

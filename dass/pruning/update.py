@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dass.errors import Answers, DassError
 from dass.pruning.masks import NM, Axis, Mask, Pattern
 from dass.pruning.registry import Registry
 from dass.pruning.statistics import Statistics
@@ -125,3 +126,16 @@ def obs_sweep(weight: Tensor, factor: Tensor, choose: Choose, choose_every: int)
         torch.eq(pruned[: end - first], 0, out=keep[first:end])
     columns.masked_fill_(~keep, 0)
     return columns.T.contiguous(), keep.T.contiguous()
+
+
+def require_obeyed(name: str, layer: str, before: Tensor, weight: Tensor, mask: Mask, later: Answers) -> None:
+    """Raise DassError where an update gives weights of another shape, or leaves some that its own mask prunes.
+
+    later: see `require_finite`.
+    """
+    if weight.shape != before.shape:
+        raise DassError(
+            f"The update {name} gives {tuple(weight.shape)} for the weights {tuple(before.shape)} of {layer}."
+        )
+    why = f"The update {name} leaves weights of {layer} that its mask prunes: multiply them by `mask.keep`."
+    later.append((lambda: DassError(why), (mask.keep | (weight == 0)).all()))

@@ -176,6 +176,13 @@ def test_skip_if_done_and_rerun(setting, tmp_path, capsys):
     assert json.loads(path.read_text())["windows"] == second["windows"]
 
 
+def test_the_dense_model_of_a_sweep_has_no_masks_and_is_done_all_the_same(setting, tmp_path, capsys):
+    for _ in range(2):
+        run(*setting, "method=dense", f"masks={tmp_path / 'masks'}")
+    assert "already done" in capsys.readouterr().out
+    assert records(tmp_path)[0]["files"] == {} and not (tmp_path / "masks").exists()
+
+
 @pytest.mark.parametrize("what", ["model", "masks"])
 def test_what_was_written_and_changed_since_is_not_done(setting, tmp_path, capsys, what):
     folder = tmp_path / "saved"
@@ -422,7 +429,6 @@ def test_every_shipped_config_composes(option, primary):
         (["calibration.path=/nowhere"], "/nowhere"),
         (["evaluation.path=/nowhere"], "/nowhere"),
         (["evaluation.n_windows=11"], "200 tokens are 10 whole windows"),
-        (["method=dense", "masks=m"], "masks"),
         (["batch_size=0"], "batch_size"),
         (["method.alpha=inf"], "alpha=inf is not a finite number"),
         (["+method.beta=1"], "beta"),
@@ -480,6 +486,21 @@ def test_models_that_cannot_be_pruned(setting, tmp_path, how):
     with pytest.raises(DassError, match=says):
         run(*setting, f"save_model={tmp_path / 'saved'}", f"masks={tmp_path / 'masks'}")
     assert sorted(os.listdir(tmp_path)) == ["model", "text.txt", "tokens.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["exclude=no_such"], "exclude=no_such matches none"),
+        (["sparsity=nm", "sparsity.n=3", "sparsity.m=5"], "M=5 does not divide"),
+        (["model.projections={up: up_proj, down: nothing}"], "unknown layout"),
+    ],
+    ids=["exclude", "width", "layout"],
+)
+def test_what_the_shapes_tell_is_told_before_a_weight_is_read(setting, tmp_path, overrides, says):
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weight is read")
+    with pytest.raises(DassError, match=says):
+        run(*setting, "method=wanda", *overrides)
 
 
 def command(*overrides, **environment):

@@ -151,6 +151,7 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsy
         ),
         (["evaluation=zero_shot_packaged", "evaluation.n_windows=3"], "evaluation.n_windows has no effect"),
         (["method=dense", "sparsity=4of8"], "sparsity has no effect: dense prunes nothing"),
+        (["method=dense", "masks=m"], "masks has no effect: dense prunes nothing"),
         (["method.order_seed=3"], "method.order_seed has no effect"),
         (["evaluation=none", "evaluation.seq_len=9"], "evaluation.seq_len has no effect: nothing is evaluated"),
         (["finetune.batch=9"], "finetune.batch has no effect: nothing is trained on: set finetune.steps"),

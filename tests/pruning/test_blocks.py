@@ -112,6 +112,15 @@ def test_row_i_of_gate_and_up_belongs_to_column_i_of_down(layout):
     assert torch.equal(outputs(), dense)
 
 
+@pytest.mark.parametrize("width", [4, 16], ids=["the width of the expert", "both of its widths"])
+def test_a_shared_expert_with_as_many_rows_as_there_are_experts_is_no_router(width):
+    """As in Qwen3-Next: 512 experts, and a shared one of width 512."""
+    model = tiny_model("qwen2_moe", num_experts=width, shared_expert_intermediate_size=width)
+    for block in find_blocks(model):
+        assert [unit.routed for unit in block.units].count(False) == 1
+        assert len(block.units) == width + 1
+
+
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_each_expert_is_a_unit_with_inputs_of_its_own(layout):
     block = find_blocks(tiny_model(layout))[1]

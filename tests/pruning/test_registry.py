@@ -250,6 +250,25 @@ def test_scores_of_the_wrong_shape_are_refused():
         prune_model(tiny_model(), BlockPruner(Method("short", ALONG_INPUTS, NM(2, 4))))
 
 
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        (lambda rows: rows.weight, r"leaves weights of model\.layers\.0\.mlp\.gate_proj that its mask prunes"),
+        (lambda rows: (rows.weight * rows.mask.keep)[:, :4], r"gives \(64, 4\) for the weights \(64, 32\) of model"),
+    ],
+    ids=["revived", "cut"],
+)
+def test_weights_that_are_not_those_of_the_mask_are_refused(result, says):
+    @update()
+    def careless(group, statistics):
+        """W'_ij = W_ij, pruned or not."""
+        return [(result(rows), rows.mask) for rows in group]
+
+    pruner = BlockPruner(Method("magnitude", ALONG_INPUTS, NM(2, 4), "careless"))
+    with pytest.raises(DassError, match=f"The update careless {says}"):
+        prune_model(tiny_model(), pruner, random_tokens())
+
+
 def test_an_entry_tells_its_source():
     called = Registry("thing", leading=1)
 

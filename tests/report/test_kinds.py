@@ -277,9 +277,11 @@ def test_the_price_of_compliance_has_status_and_bounds_beside_perplexity():
             record["audit"] = {"status": status, "helps": helps, "prefill": prefill}
             record["audit"]["decode"] = {"packed": packed, "bitmask": bitmask}
         made.append(record)
+    made.append(make_record("4", "wanda", np.linspace(2, 3, 8), pattern="4:8", update="none"))
     report = find_kind("hardware")(material(*made))
     (grid,) = report.grids
-    rows = grid.frame.set_index("Method")
+    assert len(grid.frame) == len(made)  # a method that a pattern was not meant for has no row there
+    rows = grid.frame[grid.frame["Pattern"] != "4:8"].set_index("Method")
     assert rows["Status"]["dass"] == audits["dass"][0] and rows["Helps"]["wanda"] == "forward"
     bounds = ["Prefill, at most", "Decode, at most", "Decode, bitmask"]
     assert list(rows.loc["wanda"][bounds]) == ["1.50", "1.30", "1.30"]
