@@ -23,7 +23,7 @@ from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_
 from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import Pruned
 from dass.pruning.update import UPDATES
-from dass.pruning.walk import Step, walk
+from dass.pruning.walk import walk
 from dass.resume import Kept
 from dass.saving import rounding
 from dass.sparsity import PackedMasks, sparsity_report
@@ -114,16 +114,22 @@ def prune(
 
     before = time.perf_counter()
     rare, projections = config.calibration.min_expert_tokens, config.model.projections
+    one_by_one = shelf is not None and shelf.by_expert
     hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=writes)
     for step in walk(
         model, calibration, needs, size, rare, projections, hold, start, done, scratch=kept.folder, halved=halved
     ):
-        pruned: list[Pruned] = []
+        counts: list[tuple[int, int]] = []
         if plan.compares:
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs, step.rare))
-        else:
-            pruned = pruners[0].prune(step.block, step.streams, step.outputs)
-        sparsity = note(walked, step, pruned, pruners[0].method.order, config.masks is not None)
+        for part in [] if plan.compares else step.block.parts() if one_by_one else [step.block]:
+            pruned = pruners[0].prune(part, step.streams, step.outputs)
+            counts.append(note(walked, pruned, pruners[0].method.order, config.masks is not None))
+            del pruned  # with its masks
+        zeros, weights = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
+        sparsity = zeros / max(weights, 1)
+        walked.rare |= step.rare
+        walked.hessians = next((s.products for s in step.streams.values() if s.with_hessian), walked.hessians)
         before, seconds = time.perf_counter(), time.perf_counter() - before
         log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
         say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
@@ -199,10 +205,8 @@ def require_excluded(plan: Plan, blocks: list[Block]) -> None:
             raise DassError(f"{key}={exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", key)
 
 
-def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_masks: bool) -> float:
-    """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
-    walked.rare |= step.rare
-    walked.hessians = next((s.products for s in step.streams.values() if s.with_hessian), walked.hessians)
+def note(walked: Walked, pruned: list[Pruned], order: str, keep_masks: bool) -> tuple[int, int]:
+    """Keep what is to be known of pruned projections; returns how many of how many of their weights are zero."""
     for one in pruned:
         mask, name = one.mask, one.projection.name
         walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
@@ -217,4 +221,5 @@ def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_mask
         if keep_masks:
             walked.masks.add(name, mask)
     kept = sum((one.mask.keep.sum() for one in pruned), torch.tensor(0))  # the host waits for the device once
-    return 1 - int(kept) / max(sum(one.mask.keep.numel() for one in pruned), 1) if pruned else 0.0
+    weights = sum(one.mask.keep.numel() for one in pruned)
+    return weights - int(kept), weights
