@@ -23,7 +23,7 @@ from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_
 from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import Pruned
 from dass.pruning.update import UPDATES
-from dass.pruning.walk import walk
+from dass.pruning.walk import Step, walk
 from dass.resume import Kept
 from dass.saving import rounding
 from dass.sparsity import PackedMasks, sparsity_report
@@ -122,14 +122,12 @@ def prune(
         counts: list[tuple[int, int]] = []
         if plan.compares:
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs, step.rare))
-        for part in [] if plan.compares else step.block.parts() if one_by_one else [step.block]:
-            pruned = pruners[0].prune(part, step.streams, step.outputs)
-            counts.append(note(walked, pruned, pruners[0].method.order, config.masks is not None))
+        for part in step.block.parts() if one_by_one else [step.block]:
+            pruned = [] if plan.compares else pruners[0].prune(part, step.streams, step.outputs)
+            counts.append(note(walked, step, pruned, pruners[0].method.order, config.masks is not None))
             del pruned  # with its masks
-        zeros, weights = map(sum, zip(*counts, strict=True)) if counts else (0, 0)
+        zeros, weights = map(sum, zip(*counts, strict=True))
         sparsity = zeros / max(weights, 1)
-        walked.rare |= step.rare
-        walked.hessians = next((s.products for s in step.streams.values() if s.with_hessian), walked.hessians)
         before, seconds = time.perf_counter(), time.perf_counter() - before
         log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
         say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
@@ -205,8 +203,10 @@ def require_excluded(plan: Plan, blocks: list[Block]) -> None:
             raise DassError(f"{key}={exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", key)
 
 
-def note(walked: Walked, pruned: list[Pruned], order: str, keep_masks: bool) -> tuple[int, int]:
-    """Keep what is to be known of pruned projections; returns how many of how many of their weights are zero."""
+def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_masks: bool) -> tuple[int, int]:
+    """Keep what is to be known of a finished block, or part of one; returns how many of how many weights are zero."""
+    walked.rare |= step.rare
+    walked.hessians = next((s.products for s in step.streams.values() if s.with_hessian), walked.hessians)
     for one in pruned:
         mask, name = one.mask, one.projection.name
         walked.projections[name] = {"pattern": str(mask.pattern), "axis": mask.axis}
