@@ -51,6 +51,7 @@ def write_in_turn(path: Path, header: Header, tensors: Iterable[Tensor]) -> None
             file.write(struct.pack("<Q", len(text)) + text)
             for tensor in tensors:
                 file.write(bytes_of(tensor))
+                del tensor  # before the next one is there
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

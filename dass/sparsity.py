@@ -81,7 +81,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def _zeros(matrix: Tensor | Stack) -> dict[str, Any]:
     weights, parts = matrix.shape.numel(), [matrix] if isinstance(matrix, Tensor) else matrix
-    zeros = weights - sum(int(torch.count_nonzero(part)) for part in parts)
+    zeros = weights - sum(int(count) for count in map(torch.count_nonzero, parts))
     return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights if weights else 0.0}
 
 

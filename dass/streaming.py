@@ -111,8 +111,8 @@ class Shelf:
             stacks = {name: getattr(module, key) for name, (module, key) in self.experts(block).items()}
             for name, stack in stacks.items():
                 header[name] = stored(name, torch.zeros(1, dtype=stack.dtype)).dtype, stack.shape
-            each = (stored(name, expert) for name, stack in stacks.items() for expert in stack)
-            write_in_turn(path, header, chain(dense.values(), each))
+            each = (map(partial(stored, name), stack) for name, stack in stacks.items())  # holds none, unlike a loop
+            write_in_turn(path, header, chain(dense.values(), *each))
         self.adopt(block, path)
 
     @contextmanager

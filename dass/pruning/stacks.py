@@ -57,10 +57,11 @@ class Stack:
         expert = int(index) if self.through is None else self.through
         if self.at_hand is None or self.at_hand[0] != expert:
             self._put_back()
-            ahead, self._next = self._next, None
-            found = ahead[1] if ahead is not None and ahead[0] == expert else self._reader.submit(self._brought, expert)
-            del ahead
-            self.at_hand = expert, found.result()
+            if self._next is None or self._next[0] != expert:
+                self._next = None  # and with it another one that was read ahead
+                self._next = expert, self._reader.submit(self._brought, expert)
+            self.at_hand = expert, self._next[1].result()
+            self._next = None
             self._version = self.at_hand[1]._version
             if self.through is None and len(self) > 1:
                 follower = (expert + 1) % len(self)
