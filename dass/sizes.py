@@ -80,4 +80,5 @@ def size_of(block: Block) -> Size:
 def at_once(sizes: list[Size], by_expert: bool = False) -> int:
     """The weights of blocks that are in memory at most: one is worked on while the next is read; so with experts."""
     each = [one.whole - one.experts * by_expert for one in sizes]
-    return max(map(sum, zip(each, [*each[1:], 0], strict=True))) + 2 * by_expert * max(one.expert for one in sizes)
+    two = [2 * by_expert * one.expert for one in sizes]
+    return max(map(sum, zip(each, [*each[1:], 0], two, strict=True)))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, init_empty_weights
+from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -248,7 +248,7 @@ def load_streamed(
     config = load_config(str(place), None)
     require_supported(config)
     stored = stored_tensors(place)
-    with init_empty_weights():
+    with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     blocks = find_blocks(empty, projections)
     device_map = dict(_places(empty, "", {block.name for block in blocks}, str(device)))

@@ -126,6 +126,7 @@ def prune(
             pruned = [] if plan.compares else pruners[0].prune(part, step.streams, step.outputs)
             counts.append(note(walked, step, pruned, pruners[0].method.order, config.masks is not None))
             del pruned  # with its masks
+        step.streams.clear()  # or it would be there beside that of the next block
         zeros, weights = map(sum, zip(*counts, strict=True))
         sparsity = zeros / max(weights, 1)
         before, seconds = time.perf_counter(), time.perf_counter() - before
