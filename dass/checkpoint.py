@@ -29,6 +29,7 @@ class Stored:
 
     dtype: str  # as safetensors writes it: F16, I8, ...
     shape: tuple[int, ...]
+    file: Path
 
 
 def require_weights(folder: Path) -> list[Path]:
@@ -66,7 +67,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         ):
             for name in file.keys():  # noqa: SIM118  (it is no dictionary)
                 part = file.get_slice(name)
-                stored[name] = Stored(part.get_dtype(), tuple(part.get_shape()))
+                stored[name] = Stored(part.get_dtype(), tuple(part.get_shape()), path)
     for name, tensor in stored.items():
         if _is_quantised(name, tensor):
             raise DassError(

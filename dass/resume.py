@@ -21,7 +21,8 @@ from torch import Tensor
 from dass.errors import DassError, one_line
 from dass.pruning.blocks import Block
 from dass.records import file_sha256, write_atomically
-from dass.streaming import block_path, weights_of, write_tensors
+from dass.shards import write_tensors
+from dass.streaming import block_path, weights_of
 
 STATE, LOSSES, TENSORS = "state.json", "losses.json", "beside-{}.safetensors"
 EVERY = 60.0

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,9 +170,11 @@ def save_model(
         told(f"Cannot write the model to {folder}", "free space or choose another", *kinds, field="save_model"),
         whole_folder(folder, fingerprint) as new,
     ):
-        with _as_stored(model, dtype), _whole(model, dtype, shelf):
-            size = max_shard_size if shelf is None else shelf.block_bytes()
-            model.save_pretrained(new, max_shard_size=size)
+        with _as_stored(model, dtype):
+            if shelf is None:
+                model.save_pretrained(new, max_shard_size=max_shard_size)
+            else:
+                shelf.save(new, {name: target for name, _, target in _stored(model, dtype)})
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         _copy_beside(source, revision, new)
@@ -228,17 +229,6 @@ def _as_stored(model: PreTrainedModel, dtype: str) -> Iterator[None]:
         for tensor, computed in previous:
             tensor.data = tensor.data.to(computed)
         model.config.dtype = config_dtype
-
-
-@contextlib.contextmanager
-def _whole(model: PreTrainedModel, dtype: str, shelf: Shelf | None) -> Iterator[None]:
-    """The model as transformers can save it, wherever its blocks lie."""
-    if shelf is None:
-        yield
-        return
-    with warnings.catch_warnings(), shelf.dispatched({name: target for name, _, target in _stored(model, dtype)}):
-        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-        yield
 
 
 def _beside(source: str, revision: str | None) -> Path | None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dass.pruning.blocks import Block, Hold, Projection, mlp_names, resident
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import AXES, NM, Mask, Unstructured, verify_mask
 from dass.pruning.order import move, reorder
+from dass.pruning.stacks import Stack
 from dass.records import write_atomically
 
 MASKS_FILE = "masks.safetensors"
@@ -48,7 +50,8 @@ def sparsity_report(
     found: dict[str, dict[str, Any]] = {}
     for block in blocks:
         with hold(block):
-            counted |= {f"{block.name}.{name}": _zeros(p) for name, p in block.module.named_parameters()}
+            names = [name for name, _ in block.module.named_parameters()]
+            counted |= {f"{block.name}.{name}": _zeros(attrgetter(name)(block.module)) for name in names}
             own = {p.name for p in block.projections}
             found |= {p.name: {"role": p.role, **_zeros(p.weight)} for p in targeted if p.name in own}
     wholes = {
@@ -76,9 +79,9 @@ def linear_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _zeros(matrix: Tensor) -> dict[str, Any]:
-    weights = matrix.numel()
-    zeros = weights - int(torch.count_nonzero(matrix))
+def _zeros(matrix: Tensor | Stack) -> dict[str, Any]:
+    weights, parts = matrix.shape.numel(), [matrix] if isinstance(matrix, Tensor) else matrix
+    zeros = weights - sum(int(count) for count in map(torch.count_nonzero, parts))
     return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights if weights else 0.0}
 
 

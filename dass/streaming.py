@@ -2,31 +2,34 @@
 
 transformers and accelerate make the model without its blocks' weights and tell where on disk each of them lies, as they
 do for offloading. Their way of bringing them, layer by layer in every forward, would read a block once for each batch;
-a `Shelf` brings it once for all batches, and the next one is read meanwhile.
+a `Shelf` brings it once for all batches, and the next one is read meanwhile. Where a block does not fit, either, its
+experts come one by one in every forward, see dass/pruning/stacks.py.
 """
 
 import logging
-import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, init_empty_weights
+from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dass.checkpoint import require_places, require_weights, stored_tensors
-from dass.errors import DassError, require_finite, told
-from dass.models import DTYPES, from_folder, load_config, model_folder, require_supported
+from dass.checkpoint import Stored, require_places, require_weights, stored_tensors
+from dass.errors import require_finite
+from dass.experts import Apart, found_apart
+from dass.models import from_folder, load_config, model_folder, require_supported
 from dass.pruning.blocks import Block
 from dass.pruning.layout import find_blocks
+from dass.pruning.stacks import Stack
+from dass.shards import number_shards, read_from, write_in_turn
 
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is meant here
 
@@ -38,9 +41,25 @@ class Shelf:
     """Where the blocks of a model lie while they are not in memory."""
 
     def __init__(
-        self, model: PreTrainedModel, blocks: list[Block], index: Index, device_map: Any, folder: Path
+        self,
+        model: PreTrainedModel,
+        blocks: list[Block],
+        index: Index,
+        device_map: Any,
+        folder: Path,
+        by_expert: bool = False,
+        apart: Mapping[str, Apart] | None = None,
+        stored: Mapping[str, Stored] | None = None,
     ) -> None:
-        """`folder`: takes the blocks that are changed; the files of the source stay as they are."""
+        """Read nothing yet.
+
+        Args:
+            folder: takes the blocks that are changed; the files of the source stay as they are.
+            by_expert: whether experts come one by one.
+            apart, stored: where those lie that the index does not know, and where the tensors of the source.
+        """
+        self.by_expert, self.apart, self.stored = by_expert, apart or {}, stored or {}
+        self.stored_as = {name: about["weight_name"] for name, about in index.items()}
         self.model, self.blocks, self.index, self.device_map, self.folder = model, blocks, index, device_map, folder
         self.device = model.device
         self._followers = {one.name: other for one, other in pairwise(blocks)}
@@ -60,13 +79,25 @@ class Shelf:
         self._next = None if follower is None else (follower.name, self._reader.submit(self._read, follower))
         for name in list(tensors):
             _put(block, name, tensors.pop(name))
+        for name, (module, key) in self.experts(block).items():
+            whole = getattr(module, key)
+            read = partial(self._read_one, name, whole.dtype)
+            # it hides the parameter, which stays where it was, without memory
+            module.__dict__[key] = Stack(whole, self.device, read, self.folder, self._reader)
         try:
             yield
         finally:
             self.drop(block)
 
+    def experts(self, block: Block) -> dict[str, tuple[nn.Module, str]]:
+        """The parameters of a block whose experts come one by one, by their full names: whose they are, and as what."""
+        return block.experts if self.by_expert else {}
+
     def drop(self, block: Block) -> None:
         """Give up the memory of a block."""
+        for module, key in self.experts(block).values():
+            if key in module.__dict__:
+                module.__dict__.pop(key).close()
         for name, parameter in list(block.module.named_parameters()):
             _put(block, f"{block.name}.{name}", torch.empty_like(parameter, device="meta"))
 
@@ -75,8 +106,13 @@ class Shelf:
         """Have a block in memory, and write it, as `stored` gives each weight by its name, unless there is an error."""
         with self.hold(block):
             yield
-            path = block_path(self.folder, block)
-            write_tensors(path, weights_of(block, stored))
+            path, dense = block_path(self.folder, block), weights_of(block, stored)
+            header = {name: (tensor.dtype, tensor.shape) for name, tensor in dense.items()}
+            stacks = {name: getattr(module, key) for name, (module, key) in self.experts(block).items()}
+            for name, stack in stacks.items():
+                header[name] = stored(name, torch.zeros(1, dtype=stack.dtype)).dtype, stack.shape
+            each = (map(partial(stored, name), stack) for name, stack in stacks.items())  # holds none, unlike a loop
+            write_in_turn(path, header, chain(dense.values(), *each))
         self.adopt(block, path)
 
     @contextmanager
@@ -92,27 +128,87 @@ class Shelf:
 
     def adopt(self, block: Block, path: Path) -> None:
         """Take a block from a file that `change` wrote, in another process."""
-        for name, _ in block.module.named_parameters():
-            full = f"{block.name}.{name}"
-            self.index[full] |= {"safetensors_file": str(path), "weight_name": full}
+        for name, parameter in block.module.named_parameters():
+            full, dtype = f"{block.name}.{name}", str(parameter.dtype).removeprefix("torch.")
+            self.index[full] = {"safetensors_file": str(path), "weight_name": full, "dtype": dtype}
+
+    def save(self, folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Save the model to shards in these dtypes, as transformers does: one holds what is in memory of a block.
+
+        Experts that come one by one are written so, under the names that they have in the source, and have shards of
+        their own behind those.
+        """
+        experts = {block.name: self.experts(block) for block in self.blocks}
+        ours = {name for own in experts.values() for name in own}
+        with warnings.catch_warnings(), self.dispatched(dtypes):
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in ours}
+            self.model.save_pretrained(folder, state_dict=weights, max_shard_size=self.block_bytes())
+        paths = []
+        for name, own in experts.items():
+            if own:
+                paths.append(folder / f"experts of {name}.safetensors")
+                self._write_experts(paths[-1], own, dtypes)
+        if paths:
+            number_shards(folder, paths)
 
     def block_bytes(self) -> int:
-        """The size of the largest block in memory, bytes."""
-        return max(sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in self.blocks)
+        """The size of the largest block in memory, without experts that come one by one, bytes."""
+        return max(
+            sum(
+                parameter.numel() * parameter.element_size()
+                for name, parameter in block.module.named_parameters()
+                if f"{block.name}.{name}" not in self.experts(block)
+            )
+            for block in self.blocks
+        )
+
+    def _write_experts(
+        self, path: Path, parameters: dict[str, tuple[nn.Module, str]], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        header = {}
+        for name, (module, key) in parameters.items():
+            whole, apart = getattr(module, key), self.apart.get(name)
+            if apart is None:
+                header[self.stored_as[name]] = dtypes[name], whole.shape
+            else:
+                shapes = [part.shape for part in apart.cut(whole[0])]
+                header |= {
+                    one: (dtypes[name], shape)
+                    for names in apart.names
+                    for one, shape in zip(names, shapes, strict=True)
+                }
+        each = (
+            part
+            for name, (module, key) in parameters.items()
+            for e in range(len(getattr(module, key)))
+            for part in self._parts(name, self._read_one(name, dtypes[name], e))
+        )
+        write_in_turn(path, header, each)
+
+    def _parts(self, name: str, expert: Tensor) -> tuple[Tensor, ...]:
+        return self.apart[name].cut(expert) if name in self.apart else (expert,)
+
+    def _read_one(self, name: str, dtype: torch.dtype, expert: int) -> Tensor:
+        """An expert of a parameter, by its full name, as it lies on disk."""
+        if (about := self.index.get(name)) is not None:
+            found = read_from(about["safetensors_file"], about["weight_name"], expert)
+        else:
+            apart = self.apart[name]
+            found = torch.cat([read_from(self.stored[one].file, one) for one in apart.names[expert]], apart.axis)
+        tensor = found.to(self.device, dtype, copy=True)
+        require_finite(tensor, f"The weights {name}.{expert}")
+        return tensor
 
     def _read(self, block: Block) -> dict[str, Tensor]:
-        tensors = {}
-        for name, _ in block.module.named_parameters():
-            about = self.index[f"{block.name}.{name}"]
-            path, dtype = about["safetensors_file"], getattr(torch, about["dtype"])
-            with (
-                told(f"{path} cannot be read", "copy or download it again", OSError, SafetensorError),
-                safe_open(path, framework="pt") as file,
-            ):
+        tensors, experts = {}, self.experts(block)
+        for name in (f"{block.name}.{name}" for name, _ in block.module.named_parameters()):
+            if name not in experts:
+                about = self.index[name]
+                found = read_from(about["safetensors_file"], about["weight_name"])
                 # a copy in any case: what is mapped from the file is read when it is used, and shared with it
-                tensor = file.get_tensor(about["weight_name"]).to(self.device, dtype, copy=True)
-            require_finite(tensor, f"The weights {block.name}.{name}")
-            tensors[f"{block.name}.{name}"] = tensor
+                tensors[name] = found.to(self.device, getattr(torch, about["dtype"]), copy=True)
+                require_finite(tensors[name], f"The weights {name}")
         return tensors
 
 
@@ -122,20 +218,9 @@ def block_path(folder: Path, block: Block) -> Path:
 
 
 def weights_of(block: Block, stored: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-    """The weights of a block by their full names, as they are to be stored."""
+    """The weights of a block by their full names, as they are to be stored; but for experts that come one by one."""
     named = ((f"{block.name}.{name}", parameter.detach()) for name, parameter in block.module.named_parameters())
-    return {name: stored(name, tensor) for name, tensor in named}
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors, whole or not at all; makes the folder. DassError where they cannot be written."""
-    partial = path.with_suffix(".partial")
-    with told(f"Cannot write {path}", "free space or choose another folder", OSError, SafetensorError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    return {name: stored(name, tensor) for name, tensor in named if not tensor.is_meta}
 
 
 def load_streamed(
@@ -145,75 +230,42 @@ def load_streamed(
     device: torch.device,
     folder: Path,
     projections: dict[str, str] | None = None,
+    by_expert: bool = False,
 ) -> tuple[PreTrainedModel, Shelf]:
     """A causal language model as `load_model` gives it, but for its blocks, which lie on the shelf.
 
     Args:
         folder: takes what changes, and weights that transformers stores otherwise than it holds them (experts).
         projections: see `find_blocks`.
+        by_expert: whether the experts of a block come one by one, and are never in memory together.
 
     Raises:
         DassError: as `load_model`; a weight that is NaN or infinite inside a block is found when the block is read.
+            Experts that are stored in a way in which they cannot come one by one.
     """
     place = model_folder(source, revision)
     require_weights(place)
     config = load_config(str(place), None)
     require_supported(config)
     stored = stored_tensors(place)
-    with init_empty_weights():
+    with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    names = {block.name for block in find_blocks(empty, projections)}
-    device_map = dict(_places(empty, "", names, str(device)))
-    model, loading = from_folder(place, config, source, dtype, device_map, folder)
+    blocks = find_blocks(empty, projections)
+    device_map = dict(_places(empty, "", {block.name for block in blocks}, str(device)))
+    experts = {name for block in blocks for name in block.experts} if by_expert else set()
+    apart = found_apart(empty, stored, experts)
+    # so that transformers puts none together; cpu by another name, for what is there is moved where there are others
+    loaded = {name: "cpu:0" if where == "cpu" else where for name, where in device_map.items()} if apart else device_map
+    loaded = loaded | {name.rpartition(".")[0]: "meta" for name in apart}
+    model, loading = from_folder(place, config, source, dtype, loaded, folder)
     require_places(model, stored, loading, source)
-    index = _index_of(model)
+    index = _index_of(model, device)
     remove_hook_from_module(model, recurse=True)
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta":
             require_finite(parameter, f"The weights {name} of {source}")
     model.eval().requires_grad_(False)
-    return model, Shelf(model, find_blocks(model, projections), index, device_map, folder)
-
-
-def memory_needed(
-    source: str,
-    revision: str | None,
-    dtype: str,
-    projections: dict[str, str] | None = None,
-    check: Callable[[list[Block]], object] | None = None,
-) -> tuple[int, int]:
-    """Bytes of a model's weights, and of those that are in memory at once where its blocks lie on disk.
-
-    From its configuration alone.
-
-    Args:
-        check: is given the blocks, which hold no numbers; None: a model whose blocks are not understood will do, and is
-            needed whole.
-
-    Raises:
-        DassError: the configuration cannot be read, its model cannot be pruned here, or what `check` raises.
-    """
-    config = load_config(source, revision)
-    require_supported(config)
-    advice = "correct its entries"
-    with told(f"The config.json of {source} makes no causal language model", advice, Exception), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    size, whole = DTYPES[dtype].itemsize, sum(p.numel() for p in empty.parameters())
-    try:
-        found = find_blocks(empty, projections)
-    except DassError:
-        if check is not None:
-            raise
-        return whole * size, whole * size
-    if check is not None:
-        check(found)
-    blocks = [sum(p.numel() for p in block.module.parameters()) for block in found]
-    return whole * size, (whole - sum(blocks) + at_once(blocks)) * size
-
-
-def at_once(sizes: list[int]) -> int:
-    """What the blocks of these sizes take in memory at most: one is worked on while the next is read."""
-    return max(map(sum, zip(sizes, [*sizes[1:], 0], strict=True)))
+    return model, Shelf(model, find_blocks(model, projections), index, device_map, folder, by_expert, apart, stored)
 
 
 def _places(module: nn.Module, name: str, blocks: set[str], device: str) -> Iterator[tuple[str, str]]:
@@ -227,11 +279,12 @@ def _places(module: nn.Module, name: str, blocks: set[str], device: str) -> Iter
         yield name, device
 
 
-def _index_of(model: nn.Module) -> Index:
-    """Where the weights lie, out of the hooks that accelerate put on the modules."""
+def _index_of(model: nn.Module, device: torch.device) -> Index:
+    """Where the weights lie, out of the hooks that accelerate put on the modules; it reads buffers to a device."""
     for module in model.modules():
         for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
             if getattr(hook, "weights_map", None) is not None:
+                hook.weights_map.dataset.device = str(device)
                 return {name: dict(about) for name, about in hook.weights_map.dataset.index.items()}
     return {}
 

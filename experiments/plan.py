@@ -16,7 +16,15 @@ from dass.errors import DassError
 from dass.models import load_config, require_supported
 from dass.names import unknown
 from dass.planning.architecture import Architecture, config_from, read_architecture
-from dass.planning.costs import Workload, plan_evaluation, plan_load, plan_pruning, share_removed, targeted_weights
+from dass.planning.costs import (
+    Workload,
+    plan_evaluation,
+    plan_load,
+    plan_pruning,
+    share_removed,
+    targeted_weights,
+    weights_held,
+)
 from dass.planning.devices import DEVICES, Device, Stage
 from dass.planning.experts import expert_tokens
 from dass.pruning.pruner import BlockPruner
@@ -69,9 +77,10 @@ def main(config: DictConfig) -> None:
     if typed.memory not in ("resident", "stream"):
         raise DassError(f"memory={typed.memory} is unknown here: choose resident or stream.", "memory")
     streams = typed.memory == "stream"
-    work = Workload(typed.dtype, calibration.n_sequences, calibration.seq_len, typed.batch_size, streams)
     windows = evaluation_size(typed.evaluation)
     model = read_architecture(transformers_config(typed.model), typed.model.projections)
+    work = Workload(typed.dtype, calibration.n_sequences, calibration.seq_len, typed.batch_size, streams)
+    work = replace(work, by_expert=model.in_experts > 0 and model.streamed * work.bytes_each > device.memory_gb * 1e9)
 
     shared = shared_stages(model, work, windows)
     stages = [stage_row("each", stage.name, [stage], device, work) for stage in shared]
@@ -206,10 +215,11 @@ def notes(
         f"Memory is that of {work.batch_size} sequence(s) per forward, without the allocator's waste; GB are 10^9 "
         "bytes.",
         f"Reading all blocks takes {model.in_blocks * work.bytes_each / device.disk_gb_s / 1e9:.3g} s, each while the "
-        "one before is worked on: a stage takes as long as the slower of the two."
+        "one before is worked on: a stage takes as long as the slower of the two." + by_expert_words(model, work)
         if work.streams
         else f"The walk is taken to hold the whole model on one device; memory=stream holds two blocks of it at most, "
-        f"with embedding and head {model.streamed * work.bytes_each / 1e9:,.1f} GB of weights.",
+        f"{'their experts one by one, ' * work.by_expert}with embedding and head "
+        f"{weights_held(model, replace(work, streams=True)) / 1e9:,.1f} GB of weights.",
         f"{COUNTS[-1]} devices: at best, with sequences and matrices divided evenly among them and one disk; a run of "
         "this repository uses one.",
         f"Calibration: {work.n_sequences} x {work.seq_len} tokens.",
@@ -225,6 +235,18 @@ def notes(
             "it takes; routers are not even, and an expert with a tenth of an even share is no rare thing."
         )
     return found
+
+
+def by_expert_words(model: Architecture, work: Workload) -> str:
+    """What streaming expert by expert takes; nothing where blocks fit."""
+    if not work.by_expert:
+        return ""
+    blocks, experts = (count * work.bytes_each / 1e9 for count in (model.streamed, model.by_expert))
+    return (
+        f" Two blocks do not fit, with embedding and head {blocks:,.1f} GB of weights: their experts come one by one, "
+        f"{experts:,.1f} GB of weights at a time, and are read in each of {work.passes} forwards: a larger batch_size "
+        "reads less. The statistics of all experts of a block are held at once."
+    )
 
 
 if __name__ == "__main__":

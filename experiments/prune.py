@@ -46,7 +46,7 @@ from experiments.fingerprint import hub_text, source_of
 from experiments.notes import note_idle
 from experiments.outputs import command_of, is_ready, is_skipped, save, save_masks, write_metrics
 from experiments.public import public, public_text
-from experiments.resolve import Plan, check, loads, require_alike, streams
+from experiments.resolve import Plan, brought, check, loads, require_alike
 from experiments.scratch import claimed_run, scratch_folder
 from experiments.training import dense_of, text_of, train_on
 from experiments.walked import Log, Walked, audited, counted, prune
@@ -132,7 +132,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     config, stages = plan.config, Stages(plan.device)
     torch.manual_seed(config.seed)
     source, revision = source_of(config.model), config.model.revision
-    is_streamed = first(partial(streams, plan))
+    in_memory = first(partial(brought, plan))
     if fetches := downloads(plan):
         with stages.measure("download"), first_before_others():
             for fetch in fetches:
@@ -149,7 +149,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         text = text_of(plan, tokenizer)
     tokenizer = None  # it takes as much memory as some models
     with stages.measure("load"):
-        model, shelf = load(plan, source, scratch if is_streamed else None)
+        model, shelf = load(plan, source, scratch, in_memory)
         require_unchanged(plan)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     read = {"calibration tokens": calibration, "training tokens": text, "evaluation windows": evaluation.windows}
@@ -220,11 +220,11 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     return record, problems
 
 
-def load(plan: Plan, source: str, scratch: Path | None) -> tuple[PreTrainedModel, Shelf | None]:
-    """The model, whole, or with its blocks on a shelf where there is a folder for them."""
+def load(plan: Plan, source: str, scratch: Path, in_memory: str) -> tuple[PreTrainedModel, Shelf | None]:
+    """The model, whole, or with its blocks on a shelf in a folder; `in_memory`: see `brought`."""
     given = (source, plan.config.model.revision, plan.dtype, plan.device)
-    if scratch is not None:
-        return load_streamed(*given, scratch, plan.config.model.projections)
+    if in_memory != "whole":
+        return load_streamed(*given, scratch, plan.config.model.projections, by_expert=in_memory == "experts")
     return load_model(*given, plan.config.model.device_map), None
 
 

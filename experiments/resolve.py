@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +21,7 @@ from dass.pruning.blocks import MLP_ROLES, ROLES, Block
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.update import UPDATES
-from dass.streaming import memory_needed
+from dass.sizes import Needed, memory_needed
 from experiments.app import typed
 from experiments.bounds import require_plain
 from experiments.fingerprint import Fingerprint, calibrates, fingerprint_of, pinned, source_of
@@ -171,18 +171,21 @@ def loads(plan: Plan) -> list[str]:
     return found
 
 
-def streams(plan: Plan) -> bool:
-    """Whether the model's blocks come from disk, as `memory` says or where it does not fit.
+def brought(plan: Plan) -> Literal["whole", "blocks", "experts"]:
+    """What of the model is in memory at once: all of it; or its blocks come from disk, or its experts, too.
 
-    Known from the configuration alone, before weights are downloaded; DassError where the model fits no way.
+    As `memory` says, or as it must be. Known from the configuration alone, before weights are downloaded; DassError
+    where the model fits no way.
     """
     config, model, free = plan.config, plan.config.model, free_memory(plan.device)
     if model.device_map is not None:
-        return False
+        return "whole"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if plan.device.type == "cpu" else 1  # processes in this memory
     free //= here
+    needs = next((pruner.needs for pruner in plan.pruners.values()), None)
     check = plan.check_blocks if plan.pruners else None
-    whole, streamed = memory_needed(source_of(model), model.revision, plan.dtype, model.projections, check)
+    needed = memory_needed(source_of(model), model.revision, plan.dtype, model.projections, needs, check)
+    whole, streamed = needed.whole, needed.by_expert
     is_streamed = config.memory == "stream"
     if config.memory == "auto" and whole + whole // 2 > free and world() > 1:
         raise DassError(
@@ -209,7 +212,35 @@ def streams(plan: Plan) -> bool:
         raise DassError(
             f"finetune.steps={config.finetune.steps} needs the whole model in memory: set memory=resident.", "memory"
         )
-    return is_streamed
+    if not is_streamed or needed.streamed <= free:
+        return "blocks" if is_streamed else "whole"
+    _require_one_by_one(plan, needed, free)
+    print(
+        f"note: the blocks need {needed.streamed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: their experts are "
+        f"brought from disk one at a time, in every forward, so that a larger batch_size reads less",
+        file=sys.stderr,
+    )
+    return "experts"
+
+
+def _require_one_by_one(plan: Plan, needed: Needed, free: int) -> None:
+    """Raise DassError where a method needs all experts of a block at once, or what is known of them does not fit."""
+    pruners = plan.pruners.values()
+    why = f"{plan.config.model.name} fits expert by expert alone, in {needed.by_expert / 1e9:.1f} GB"
+    if plan.compares or any(not isinstance(p, BlockPruner) or UPDATES.find(p.method.update).whole for p in pruners):
+        raise DassError(
+            f"{why}, and method={plan.config.method['name']} works on a block at once, which takes "
+            f"{needed.streamed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free on {plan.device}: choose another "
+            f"method, or use a machine with more memory.",
+            "method",
+        )
+    if needed.by_expert + needed.statistics > free:
+        raise DassError(
+            f"{why}, and the calibration statistics of one block, of all its experts at once, take "
+            f"{needed.statistics / 1e9:.1f} GB more, of {free / 1e9:.1f} GB that are free on {plan.device}: choose a "
+            f"method without Hessians, such as wanda or dass, or use a machine with more memory.",
+            "method",
+        )
 
 
 def _require_excluded(config: PruneConfig, blocks: list[Block]) -> None:

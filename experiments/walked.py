@@ -111,16 +111,21 @@ def prune(
 
     before = time.perf_counter()
     rare, projections = config.calibration.min_expert_tokens, config.model.projections
+    one_by_one = shelf is not None and shelf.by_expert
     hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=writes)
     for step in walk(
         model, calibration, needs, size, rare, projections, hold, start, done, scratch=kept.folder, halved=halved
     ):
-        pruned: list[Pruned] = []
+        counts: list[tuple[int, int]] = []
         if plan.compares:
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs, step.rare))
-        else:
-            pruned = pruners[0].prune(step.block, step.streams, step.outputs)
-        sparsity = note(walked, step, pruned, pruners[0].method.order, config.masks is not None)
+        for part in step.block.parts() if one_by_one else [step.block]:
+            pruned = [] if plan.compares else pruners[0].prune(part, step.streams, step.outputs)
+            counts.append(note(walked, step, pruned, pruners[0].method.order, config.masks is not None))
+            del pruned  # with its masks
+        step.streams.clear()  # or it would be there beside that of the next block
+        zeros, weights = map(sum, zip(*counts, strict=True))
+        sparsity = zeros / max(weights, 1)
         before, seconds = time.perf_counter(), time.perf_counter() - before
         log({"block": step.index, "block/seconds": seconds, "block/sparsity": sparsity})
         say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
@@ -187,8 +192,8 @@ def _restored(
     return state.next, [tensors[f"batch {i} of {rank()}"] for i in range(count)]
 
 
-def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_masks: bool) -> float:
-    """Keep what is to be known of a finished block; returns the share of zeros in what was pruned."""
+def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_masks: bool) -> tuple[int, int]:
+    """Keep what is to be known of a finished block, or part of one; returns how many of how many weights are zero."""
     walked.rare |= step.rare
     walked.hessians = next((s.products for s in step.streams.values() if s.with_hessian), walked.hessians)
     for one in pruned:
@@ -205,4 +210,5 @@ def note(walked: Walked, step: Step, pruned: list[Pruned], order: str, keep_mask
         if keep_masks:
             walked.masks.add(name, mask)
     kept = sum((one.mask.keep.sum() for one in pruned), torch.tensor(0))  # the host waits for the device once
-    return 1 - int(kept) / max(sum(one.mask.keep.numel() for one in pruned), 1) if pruned else 0.0
+    weights = sum(one.mask.keep.numel() for one in pruned)
+    return weights - int(kept), weights

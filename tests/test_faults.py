@@ -166,16 +166,16 @@ def test_a_model_that_cannot_be_read_whole(setting, tmp_path, monkeypatch, damag
 
 
 def test_a_shard_that_goes_bad_while_it_is_read(setting, tmp_path, monkeypatch):  # noqa: F811
-    from dass import streaming
+    from dass import shards
 
-    read = streaming.safe_open
+    read = shards.safe_open
 
     def safe_open(path, framework):
         if framework == "pt":
             raise OSError(errno.EIO, "Input/output error", str(path))
         return read(path, framework=framework)
 
-    monkeypatch.setattr(streaming, "safe_open", safe_open)
+    monkeypatch.setattr(shards, "safe_open", safe_open)
     with pytest.raises(DassError, match=rf"{WEIGHTS} cannot be read \(Input/output error\)"):
         run(*setting, "memory=stream", f"save_model={tmp_path / 'saved'}")
     assert sorted(os.listdir(tmp_path)) == GIVEN

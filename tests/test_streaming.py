@@ -9,14 +9,16 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from dass import NM, BlockPruner, Method
+from dass.checkpoint import stored_tensors
 from dass.errors import DassError
 from dass.evaluation.perplexity import perplexity
 from dass.models import load_model
 from dass.pruning.layout import find_blocks
 from dass.pruning.walk import walk
 from dass.saving import round_to, rounding, save_model
+from dass.sizes import Needed, memory_needed
 from dass.sparsity import sparsity_report
-from dass.streaming import Shelf, load_streamed, memory_needed
+from dass.streaming import Shelf, load_streamed
 from experiments import prune, resolve
 from experiments.resolve import MEMORY
 from tests.experiments.test_prune import command, records, run, setting  # noqa: F401  (a fixture)
@@ -24,15 +26,19 @@ from tests.models import LAYOUTS, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
 METHODS = {
+    "wanda": Method("wanda", {"gate": "in", "up": "in", "down": "in"}, NM(2, 4)),
     "dass": Method("dass", {"gate": "out", "up": "out", "down": "in"}, NM(2, 4)),
     "sparsegpt": Method("obs", {"gate": "in", "up": "in", "down": "in"}, NM(2, 4), "obs"),
 }
 
 
-def loaded(folder, scratch, dtype="float32"):
+EXPERTS = [name for name in LAYOUTS if {"num_experts", "num_local_experts"} & set(LAYOUTS[name][1])]
+
+
+def loaded(folder, scratch, dtype="float32", by_expert=False):
     """A model in memory, and the same on disk."""
     whole = load_model(str(folder), None, dtype, CPU)
-    return whole, *load_streamed(str(folder), None, dtype, CPU, scratch)
+    return whole, *load_streamed(str(folder), None, dtype, CPU, scratch, by_expert=by_expert)
 
 
 def pruned(model, method, tokens, hold=None):
@@ -45,13 +51,18 @@ def pruned(model, method, tokens, hold=None):
 
 
 @pytest.mark.parametrize(
-    ("layout", "method"),
-    [*((layout, "dass") for layout in ("gemma3", *LAYOUTS)), ("llama", "sparsegpt"), ("mixtral", "sparsegpt")],
+    ("layout", "method", "by_expert"),
+    [
+        *((layout, "dass", False) for layout in ("gemma3", *LAYOUTS)),
+        *((layout, "sparsegpt", False) for layout in ("llama", "mixtral")),
+        *((layout, "dass", True) for layout in EXPERTS),
+        *((layout, method, True) for layout in ("mixtral", "deepseek_v3") for method in ("wanda", "sparsegpt")),
+    ],
 )
-def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method):
+def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method, by_expert):
     torch.manual_seed(0)
     tiny_model(layout).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    whole, streamed, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    whole, streamed, shelf = loaded(tmp_path / "model", tmp_path / "scratch", by_expert=by_expert)
     tokens, windows = random_tokens(4, 24), random_tokens(3, 16, seed=1).split(2)
     assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses
     expected = pruned(whole, METHODS[method], tokens)
@@ -72,6 +83,7 @@ def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method):
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("streamed", "whole")
     )
     assert ours.keys() == theirs.keys()
+    assert stored_tensors(tmp_path / "streamed").keys() == stored_tensors(tmp_path / "whole").keys()
     assert all(torch.equal(ours[name], weight) and ours[name].dtype == weight.dtype for name, weight in theirs.items())
     assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses  # after saving, too
 
@@ -134,7 +146,7 @@ def test_a_run_is_the_same_however_the_model_lies(setting, tmp_path):  # noqa: F
 
 def needs(monkeypatch, whole, streamed, free):
     """Pretend that a model needs so many bytes, whole or streamed, of those that are free."""
-    monkeypatch.setattr(resolve, "memory_needed", lambda *_: (whole, streamed))
+    monkeypatch.setattr(resolve, "memory_needed", lambda *_: Needed(whole, streamed, streamed))
     monkeypatch.setattr(resolve, "free_memory", lambda device: free)
 
 
@@ -173,8 +185,8 @@ def test_what_a_model_needs_is_known_from_its_configuration(tmp_path, layout):
     blocks = [sum(p.numel() for p in block.module.parameters()) for block in find_blocks(model)]
     whole = sum(p.numel() for p in model.parameters())
     two = max(one + other for one, other in pairwise(blocks))
-    expected = (2 * whole, 2 * (whole - sum(blocks) + two))
-    assert memory_needed(str(tmp_path), None, "bfloat16") == expected
+    found = memory_needed(str(tmp_path), None, "bfloat16")
+    assert (found.whole, found.streamed) == (2 * whole, 2 * (whole - sum(blocks) + two))
 
 
 def test_a_model_that_computes_between_its_blocks_is_refused():

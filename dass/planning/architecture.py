@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dass.errors import DassError, told
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
 from dass.pruning.layout import find_blocks
+from dass.sizes import Size, at_once, size_of
 from dass.sparsity import linear_names
-from dass.streaming import at_once
 
 ROLES = [*MLP_ROLES, "gate_up", "experts", "router", *ATTENTION_ROLES, "attention"]
 ROLES += ["embedding", "head", "norm", "other"]
@@ -53,8 +53,8 @@ class PlannedBlock:
     """Of the values, all heads together; of the queries and keys too, which is true but for latent attention."""
     routers: int
     """Weights of the matrices that are neither of an MLP nor of attention."""
-    parameters: int
-    """All of them."""
+    size: Size
+    """All of them, and those of experts."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,22 @@ class Architecture:
     @property
     def in_blocks(self) -> int:
         """Parameters of all blocks."""
-        return sum(block.parameters for block in self.blocks)
+        return sum(block.size.whole for block in self.blocks)
 
     @property
     def streamed(self) -> int:
         """Parameters that are in memory at most where the blocks lie on disk."""
-        return self.total - self.in_blocks + at_once([block.parameters for block in self.blocks])
+        return self.total - self.in_blocks + at_once([block.size for block in self.blocks])
+
+    @property
+    def by_expert(self) -> int:
+        """The same where experts come one by one, too."""
+        return self.total - self.in_blocks + at_once([block.size for block in self.blocks], by_expert=True)
+
+    @property
+    def in_experts(self) -> int:
+        """Parameters of the experts that can come one by one."""
+        return sum(block.size.experts for block in self.blocks)
 
 
 def config_from(architecture: dict[str, Any]) -> Any:
@@ -172,5 +182,5 @@ def _planned(block: Block, roles: dict[Tensor, str], active: int) -> PlannedBloc
         attention=sum(matrix.numel() for matrix in mixing),
         attention_width=mixing[-1].shape[1] if mixing else 0,  # the last one reads the values
         routers=sum(matrix.numel() for matrix, role in roles.items() if role == "router"),
-        parameters=sum(parameter.numel() for parameter in block.module.parameters()),
+        size=size_of(block),
     )

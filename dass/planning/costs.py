@@ -38,6 +38,8 @@ class Workload:
     """Sequences per forward."""
     streams: bool = False
     """Whether the blocks lie on disk, and two of them are in memory at a time."""
+    by_expert: bool = False
+    """Whether their experts then do, too, and are read anew in every forward."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can have."""
@@ -76,7 +78,13 @@ def targeted_weights(model: Architecture, pruner: BlockPruner) -> int:
 
 def weights_held(model: Architecture, work: Workload) -> int:
     """Bytes of the weights that are in memory at once."""
-    return (model.streamed if work.streams else model.total) * work.bytes_each
+    streamed = model.by_expert if work.by_expert else model.streamed
+    return (streamed if work.streams else model.total) * work.bytes_each
+
+
+def _read_again(model: Architecture, work: Workload) -> float:
+    """Bytes from disk in a pass of all sequences through all blocks, beside those of reading each block once."""
+    return model.in_experts * work.bytes_each * (work.passes - 1) if work.streams and work.by_expert else 0
 
 
 def plan_load(model: Architecture, work: Workload) -> Stage:
@@ -151,7 +159,7 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
     found = [stage for stage in stages if stage.flops or stage.moved_bytes]
     if work.streams:  # read while the one before is worked on; written, and read once more for the zeros to be counted
         blocks = model.in_blocks * work.bytes_each
-        found[0].disk_bytes = blocks
+        found[0].disk_bytes = blocks + (_read_again(model, work) if statistics.flops else 0) * 2
         found.append(Stage("blocks to disk, zeros counted", disk_bytes=2 * blocks))
     return [replace(stage, peak_bytes=held + stage.peak_bytes) for stage in found]
 
@@ -166,7 +174,7 @@ def plan_evaluation(model: Architecture, work: Workload, n_windows: int, seq_len
     stage = Stage("evaluation", weights_held(model, work) + _working_set(model, work) + chunk)
     if work.streams:  # what enters a block, of all windows
         stage.peak_bytes += work.tokens * model.hidden_size * work.bytes_each
-        stage.disk_bytes = model.in_blocks * work.bytes_each
+        stage.disk_bytes = model.in_blocks * work.bytes_each + _read_again(model, work)
     head = model.hidden_size * model.vocabulary
     stage.add(2 * n_windows * (seq_len - 1) * head, work.passes * head * work.bytes_each)
     _add_forward(stage, model, model.blocks, work)

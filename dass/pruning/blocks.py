@@ -35,15 +35,18 @@ class Projection:
 
     @property
     def parameter(self) -> Tensor:
-        """The whole parameter that it is a part of, without history."""
+        """The whole parameter that it is a part of, without history; a `Stack` where experts come one by one."""
         return getattr(self.module, self.parameter_name).detach()
 
     @property
     def weight(self) -> Tensor:
         """The weights, `(out_features, in_features)`; shares the parameter's memory."""
-        whole = self.parameter if self.expert is None else self.parameter[self.expert]
-        weight = whole.T if self.transposed else whole
-        return weight if self.rows is None else weight[self.rows]
+        return self._view(self.parameter if self.expert is None else self.parameter[self.expert])
+
+    @property
+    def features(self) -> int:
+        """The width of what it reads; looks at no weight."""
+        return self._view(torch.empty(self.parameter.shape[-2:], device="meta")).shape[1]
 
     @property
     def bias(self) -> Tensor | None:
@@ -53,6 +56,10 @@ class Projection:
             return None
         bias = whole.detach() if self.expert is None else whole.detach()[self.expert]
         return bias if self.rows is None else bias[self.rows]
+
+    def _view(self, whole: Tensor) -> Tensor:
+        weight = whole.T if self.transposed else whole
+        return weight if self.rows is None else weight[self.rows]
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,21 @@ class Block:
     def projections(self) -> list[Projection]:
         """Those of all units, then those of attention."""
         return [p for unit in self.units for p in unit.projections.values()] + list(self.attention.values())
+
+    @property
+    def experts(self) -> dict[str, tuple[nn.Module, str]]:
+        """The parameters of three dimensions that hold experts, by their full names: whose they are, and as what."""
+        paths = {module: path for path, module in self.module.named_modules()}
+        found = {(p.module, p.parameter_name): None for p in self.projections if p.expert is not None}
+        return {
+            ".".join(part for part in (self.name, paths[module], key) if part): (module, key) for module, key in found
+        }
+
+    def parts(self) -> list["Block"]:
+        """The block cut into what is pruned by itself: attention with the MLPs of all tokens, and each expert."""
+        routed = [unit for unit in self.units if unit.routed]
+        rest = replace(self, units=tuple(unit for unit in self.units if not unit.routed))
+        return [rest, *(replace(self, units=(unit,), attention={}) for unit in routed)]
 
     def unit_of(self, projection: Projection) -> Unit | None:
         """The unit that a projection belongs to; None for attention."""

@@ -20,7 +20,7 @@ class Call:
 
     def __call__(self, block: Block, hidden: Tensor) -> Tensor:
         """Run the block on hidden states `(batch, seq_len, d)`, on the device where its weights are."""
-        to_block = partial(Tensor.to, device=next(block.module.parameters()).device)
+        to_block = partial(Tensor.to, device=next(p.device for p in block.module.parameters() if not p.is_meta))
         arguments, keywords = tree_map_only(Tensor, to_block, (self.arguments, self.keywords))
         output = block.module(to_block(hidden), *arguments, **keywords)
         return output[0] if isinstance(output, tuple | list) else output

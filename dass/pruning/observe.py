@@ -23,11 +23,17 @@ EXPERT_TOKENS = 32
 
 def open_streams(block: Block, needs: Needs) -> Streams:
     """Empty statistics for what must be seen in a block."""
-    weights = {p.reads: p.weight for p in block.projections}
+    wanted = {p.reads: p for p in block.projections if p.reads in needs}
     return {
-        reads: InputStream(weights[reads].shape[1], weights[reads].dtype, weights[reads].device, with_hessian)
-        for reads, with_hessian in needs.items()
+        reads: InputStream(p.features, p.parameter.dtype, p.parameter.device, needs[reads])
+        for reads, p in wanted.items()
     }
+
+
+def statistics_bytes(block: Block, needs: Needs) -> int:
+    """What the statistics of a block take, all of whose inputs are held at once, in fp32."""
+    features = {p.reads: p.features for p in block.projections}
+    return sum(4 * features[reads] ** (2 if with_hessian else 1) for reads, with_hessian in needs.items())
 
 
 def observe(

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from dass.pruning.blocks import Block, Projection
+from dass.pruning.stacks import Stack
 
 PRODUCTS: dict[Any, tuple[str, ...]] = {
     linear: ("input", "weight"),
@@ -65,12 +66,28 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.on_product, self.through = on_product, through
         self.readers: dict[int, list[tuple[Extent, Projection]]] = {}
+        self.one_by_one: dict[Stack, list[Projection]] = {}
         for p in block.projections:
+            if isinstance(p.parameter, Stack):
+                self.one_by_one.setdefault(p.parameter, []).append(p)
+                continue
             extent = extent_of(p.weight)
             self.readers.setdefault(extent.storage, []).append((extent, p))
         experts = {p.module for p in block.projections if p.expert is not None}
         count = {p.parameter.shape[0] for p in block.projections if p.expert is not None}
         self.stacks = {extent_of(q).storage: q for q in _parameters(experts) if q.ndim > 1 and q.shape[0] in count}
+
+    def __enter__(self) -> Any:
+        """Begin to see."""
+        for stack in self.one_by_one:
+            stack.through = self.through
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """See nothing any more."""
+        super().__exit__(*error)
+        for stack in self.one_by_one:
+            stack.through = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +101,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         x, weight = given.get("input"), given.get("weight", given.get("other", given.get("mat2")))
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor | Stack):
             return func(*args, **kwargs)
         down = False
         for p in self._covered(weight):
@@ -98,12 +115,23 @@ class Watch(TorchFunctionMode):
             return x.new_zeros(*x.shape[:-1], weight.shape[-2 if func is linear else -1])
         return func(*args, **kwargs)
 
-    def _covered(self, weight: Tensor) -> Iterable[Projection]:
-        extent = extent_of(weight)
-        found = [p for own, p in self.readers.get(extent.storage, []) if extent.covers(own)]
+    def _covered(self, weight: Tensor | Stack) -> Iterable[Projection]:
+        if isinstance(weight, Stack):
+            found = self.one_by_one[weight]
+        else:
+            extent = extent_of(weight)
+            readers = self.readers.get(extent.storage) or self._at_hand(extent)
+            found = [p for own, p in readers if extent.covers(own)]
         if weight.ndim == 3 and self.through is not None:
             return [p for p in found if p.expert == self.through]
         return found
+
+    def _at_hand(self, extent: Extent) -> list[tuple[Extent, Projection]]:
+        """The projections of the one expert in memory, where this is its memory."""
+        for stack, projections in self.one_by_one.items():
+            if stack.at_hand is not None and extent_of(stack.at_hand[1]).storage == extent.storage:
+                return [(extent_of(p.weight), p) for p in projections if p.expert == stack.at_hand[0]]
+        return []
 
     def _instead(self, tensor: Tensor) -> Tensor:
         """The part of the one expert in place of the same part of any other."""

@@ -79,11 +79,6 @@ class BlockPruner:
 
     def projections(self, block: Block) -> list[Projection]:
         """The projections of a block that are pruned."""
-        if self.targets == "all" and not block.attention:
-            raise DassError(
-                f"targets=all: the attention of {block.name} is not made of q, k, v (or one qkv) and o: use mlp.",
-                field="targets",
-            )
         chosen = [p for p in block.projections if p.role in self.roles]
         return [p for p in chosen if not (self.exclude and re.search(self.exclude, p.name))]
 
@@ -93,6 +88,12 @@ class BlockPruner:
         Raises:
             DassError: M does not divide a width, or there is nothing to prune.
         """
+        for block in blocks:
+            if self.targets == "all" and not block.attention:
+                raise DassError(
+                    f"targets=all: the attention of {block.name} is not made of q, k, v (or one qkv) and o: use mlp.",
+                    field="targets",
+                )
         names = [p.name for block in blocks for p in block.projections if p.role in self.roles]
         if self.exclude and not any(re.search(self.exclude, name) for name in names):
             raise DassError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dass.errors import first_line
 from dass.records import file_sha256, write_atomically
-from dass.streaming import write_tensors
+from dass.shards import write_tensors
 
 STATE, TENSORS = "training.json", "training-{}.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")

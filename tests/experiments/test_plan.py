@@ -1,5 +1,6 @@
 """`python -m experiments.plan`: every model composes and prints, and bad input is one sentence."""
 
+import re
 import subprocess
 import sys
 
@@ -87,6 +88,20 @@ def test_a_model_that_does_not_fit_streams(capsys):
     assert fits == "yes" and 12 < float(peak.split()[0]) < 25
     assert "Reading all blocks takes 68.5 s" in out and "memory=stream" not in out
     assert "4.5 GB of weights" in printed(capsys, "model=llama2_70b")
+
+
+def test_experts_come_one_by_one_where_blocks_do_not_fit(capsys):
+    settings = ["model=deepseek_v3", "model.architecture.num_hidden_layers=5", "memory=stream", "batch_size=16"]
+    assert "one by one" not in printed(capsys, *settings, "device=h100")  # two blocks of 22.5 GB fit
+    out = printed(capsys, *settings, "device=rtx4090")
+    found = re.search(r" ([\d.]+) GB of weights: their experts come one by one, ([\d.]+) GB of weights at a time", out)
+    one, outside = 3 * 7168 * 2048, 2 * 129280 * 7168 + 7168
+    # latent attention and a router 0.19e9, and a shared expert beside the others; the first three have dense MLPs
+    attention, dense = 0.19e9, 3 * 7168 * 18432
+    expected = [2 * (outside + 2 * (attention + 257 * one)) / 1e9, 2 * (outside + 2 * (attention + dense)) / 1e9]
+    assert [float(part) for part in found.groups()] == pytest.approx(expected, rel=0.02)
+    assert "in each of 8 forwards" in out
+    assert float(cells(out, "wanda", "blocks to disk, zeros counted")[3].split()[0]) < 24  # GB at the peak
 
 
 def test_evaluation_counts_windows(capsys):

@@ -1,0 +1,73 @@
+"""Experts that are read and written one by one, as checkpoints have them: each a tensor of its own, or a part of one.
+
+transformers puts the experts of a block together into one parameter when it loads them, for which all of them must be
+in memory; here its own words for that say which tensors of a checkpoint are which expert.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from dass.errors import DassError
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The experts of a parameter where a checkpoint has each as a tensor of its own, or as several."""
+
+    names: list[tuple[str, ...]]
+    """Of each expert those that are put together, such as gate and up."""
+    axis: int
+    """Of an expert, along which they are."""
+
+    def cut(self, expert: Tensor) -> tuple[Tensor, ...]:
+        """An expert in its parts."""
+        return expert.chunk(len(self.names[0]), self.axis)
+
+
+def found_apart(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]) -> dict[str, Apart]:
+    """Which tensors of a checkpoint are which expert of a parameter, for those that lie apart.
+
+    Args:
+        model: without weights.
+        names: of the tensors in the checkpoint.
+        wanted: the full names of the parameters.
+
+    Raises:
+        DassError: they are not simply put one behind the other.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    places, by_pattern = model.state_dict(), dict[str, dict[str, list[str]]]()
+    for name in sorted(names, key=dot_natural_key):  # the order in which transformers puts them together
+        full, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+        if pattern is not None and full in places:
+            by_pattern.setdefault(full, {}).setdefault(pattern, []).append(name)
+    found = {}
+    for full in by_pattern.keys() & set(wanted):
+        own = by_pattern[full]
+        converter = next(one for one in converters if set(own) <= set(one.source_patterns))
+        kinds = [(type(one), one.dim) for one in converter.operations if isinstance(one, MergeModulelist | Concatenate)]
+        parts = [own.get(pattern, []) for pattern in converter.source_patterns]
+        together = kinds[1][1] if len(kinds) == 2 else 1
+        expected = [(MergeModulelist, 0), (Concatenate, together)][: len(converter.operations)]
+        if kinds != expected or not together or {len(part) for part in parts} != {places[full].shape[0]}:
+            raise DassError(
+                f"{full} is put together from its file in a way of its own, so that its experts cannot be brought one "
+                f"by one: use a machine whose memory holds a block.",
+                field="memory",
+            )
+        found[full] = Apart(list(zip(*parts, strict=True)), together - 1)
+    return found
