@@ -1,6 +1,7 @@
 """The Hydra app from end to end, on tiny models, on the command line, and once on the real SmolLM2."""
 
 import importlib.util
+import importlib
 import json
 import os
 import re
@@ -410,6 +411,7 @@ def every_option():
 def test_every_shipped_config_composes(option, primary):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         if primary is None:
+            importlib.import_module(f"experiments.{option}")  # which tells Hydra what its settings are
             compose(option)
         else:
             compose(primary, [option], return_hydra_config=True)
