@@ -1,7 +1,7 @@
 """The Hydra app from end to end, on tiny models, on the command line, and once on the real SmolLM2."""
 
-import importlib.util
 import importlib
+import importlib.util
 import json
 import os
 import re
