@@ -142,9 +142,16 @@ def audit_matrix(weight: Tensor, role: str = "", dtype: torch.dtype | None = Non
     )
 
 
+def audited(block: Block) -> list[Projection]:
+    """What is looked at in a block: its projections, and linear layers that are none, as of other attention."""
+    known = {p.module for p in block.projections}
+    linear = ((name, m) for name, m in block.module.named_modules() if isinstance(m, nn.Linear) and m not in known)
+    return block.projections + [Projection(f"{block.name}.{name}", "other", m, "weight", "") for name, m in linear]
+
+
 @torch.no_grad()
 def audit(model: nn.Module, blocks: list[Block], dtype: torch.dtype | None = None, hold: Hold = resident) -> Audit:
-    """Look at every projection of every block.
+    """Look at every projection and every other linear layer of every block.
 
     Args:
         dtype: what the weights will be stored in, where it is another than that of the computing.
@@ -154,8 +161,8 @@ def audit(model: nn.Module, blocks: list[Block], dtype: torch.dtype | None = Non
     runs: dict[str, float] = {}  # the share of tokens that each projection sees
     for block in blocks:
         with hold(block):
-            found |= {p.name: audit_matrix(p.weight, p.role, dtype) for p in block.projections}
-        runs |= {p.name: _share_of_tokens(model, block, p) for p in block.projections}
+            found |= {p.name: audit_matrix(p.weight, p.role, dtype) for p in audited(block)}
+        runs |= {p.name: _share_of_tokens(model, block, p) for p in audited(block)}
     linear = [model.get_parameter(name) for name in linear_names(model)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     fast, sparse = ([n for n, one in found.items() if is_so(one)] for is_so in (_is_fast, _is_sparse))

@@ -52,8 +52,8 @@ def sparsity_report(
         with hold(block):
             names = [name for name, _ in block.module.named_parameters()]
             counted |= {f"{block.name}.{name}": _zeros(attrgetter(name)(block.module)) for name in names}
-            own = {p.name for p in block.projections}
-            found |= {p.name: {"role": p.role, **_zeros(p.weight)} for p in targeted if p.name in own}
+            own = (p for p in targeted if p.name.startswith(f"{block.name}."))
+            found |= {p.name: {"role": p.role, **_zeros(p.weight)} for p in own}
     wholes = {
         "targeted": [found[p.name] for p in targeted],
         "mlp": [counted[name] for name in mlp_names(blocks) if name in counted],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from dass.audit import DENSE, Audited, as_dict, audit, facts_of
+from dass.audit import DENSE, Audited, as_dict, audit, audited, facts_of
 from dass.models import resolve_dtype
 from dass.sparsity import sparsity_report
 from dass.streaming import load_streamed
@@ -31,7 +31,7 @@ def main(config: AuditConfig) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model, shelf = load_streamed(config.model, None, dtype, torch.device("cpu"), Path(scratch))
         found = audit(model, shelf.blocks, hold=shelf.hold)
-        projections = [p for block in shelf.blocks for p in block.projections]
+        projections = [p for block in shelf.blocks for p in audited(block)]
         targeted = [p for p in projections if found.projections[p.name].status != DENSE]
         sparsity = sparsity_report(model, shelf.blocks, targeted, shelf.hold)
     rows = [{"Projection": name} | _row(one) for name, one in found.projections.items()]

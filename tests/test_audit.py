@@ -139,6 +139,25 @@ def test_a_checkpoint_of_another_tool(tmp_path, capsys):
     assert "0.5000 of the targeted weights" in out and "bytes on disk" in out
 
 
+def test_linear_layers_that_are_no_projections_count_as_well(tmp_path, capsys):
+    """DeepSeek's attention has no q, k, v: another tool has pruned it all the same, and it is part of every bound."""
+    model = tiny_model("deepseek_v3", kv_lora_rank=16, q_lora_rank=16).bfloat16()
+    before = audit(model, find_blocks(model))
+    keys = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "self_attn" in name]
+    for key in keys:
+        weight = model.get_submodule(key).weight.data
+        weight.masked_fill_(~select_mask(weight.float().abs(), NM(2, 4), "in").keep, 0)
+    found = audit(model, find_blocks(model))
+    fast = [name for name, one in found.projections.items() if one.status == "accelerated"]
+    assert set(fast) <= set(keys) <= set(found.projections) and len(fast) >= 4
+    assert before.prefill == 1 < found.prefill
+    assert found.read["bitmask"] < found.read["packed"] < found.read["dense"] == before.read["packed"]
+    model.save_pretrained(tmp_path / "model")
+    command.main(command.AuditConfig(str(tmp_path / "model")))
+    out = capsys.readouterr().out
+    assert "0.5000 of the targeted weights" in out and "sparse tensor cores: other: " in out
+
+
 @pytest.mark.parametrize("arguments", [["model"], ["model=/nowhere/at/all"], [], ["modle=x"]], ids=" ".join)
 def test_what_cannot_be_audited_is_one_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
