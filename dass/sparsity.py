@@ -117,6 +117,12 @@ class PackedMasks:
             self.bits[name + ORDER] = mask.order.cpu().int()
             self.about[name]["ordered"] = True
 
+    def keep(self, name: str) -> Tensor:
+        """Which weights of the projection `name` are kept, `(out_features, in_features)` bool."""
+        facts = self.about[name]
+        groups = NM(**facts["pattern"]) if facts.get("grouped") else None
+        return _decoded(self.bits[name], facts["shape"], facts["axis"], groups)
+
     def write(self, folder: Path, provenance: dict[str, Any]) -> Path:
         """Write `folder/masks.safetensors`, whole or not at all; replaces one that we wrote and nobody changed.
 
@@ -197,15 +203,20 @@ def _unpacked(
     groups = kept if grouped is True and isinstance(kept, NM) and column_block is None else None
     if packed.get_dtype() != "U8" or list(packed.get_shape()) != [encoded_bytes(shape[0] * shape[1], groups)]:
         raise ValueError(f"{one_line(name)} does not hold the bytes of its {shape[0]} x {shape[1]} weights")
-    turned = groups is not None and axis == "out"  # digits are those of columns
-    lines = decode(torch.from_numpy(packed[:]), (shape[1], shape[0]) if turned else (shape[0], shape[1]), groups)
-    keep = lines.T.contiguous() if turned else lines
+    keep = _decoded(torch.from_numpy(packed[:]), shape, axis, groups)
     order = torch.from_numpy(file.get_tensor(name + ORDER)).long() if ordered is True else None
     if order is not None and (
         len(order) not in shape or not torch.equal(order.sort().values, torch.arange(len(order)))
     ):
         raise ValueError(f"the order of {one_line(name)} is no permutation of its neurons")
     return Mask(keep, kept, axis, column_block, order)
+
+
+def _decoded(bits: Tensor, shape: list[int], axis: str, groups: NM | None) -> Tensor:
+    """A mask of this shape, as `PackedMasks.add` packed it."""
+    turned = groups is not None and axis == "out"  # digits are those of columns
+    lines = decode(bits, (shape[1], shape[0]) if turned else (shape[0], shape[1]), groups)
+    return lines.T.contiguous() if turned else lines
 
 
 def _opened(path: Path) -> Any:

@@ -18,6 +18,7 @@ from dass.errors import DassError
 from dass.evaluation import door
 from dass.folders import is_saved, require_own_folder
 from dass.models import DTYPES, load_model, load_tokenizer, resolve_device, resolve_dtype
+from dass.pruning.blocks import kept_of_parameters
 from dass.pruning.layout import find_blocks
 from dass.records import code_sha256, file_sha256, identity_of, machine_description, package_versions, require_writable
 from dass.saving import model_card, save_model, source_licence
@@ -97,9 +98,13 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
         require_in_vocabulary(tokens, model.get_input_embeddings().weight.shape[0], what)
         require_positions(model, tokens.shape[1], what)
     teacher = _teacher(config, model, device)
-    if config.masks is not None:
-        apply_masks(model, read_masks(Path(config.masks))[0], config.model.projections)
-    keep = kept_weights(find_blocks(model, config.model.projections))
+    blocks = find_blocks(model, config.model.projections)
+    if config.masks is None:
+        keep = kept_weights(blocks)
+    else:  # a weight that is kept may be 0
+        masks = read_masks(Path(config.masks))[0]
+        apply_masks(model, masks, config.model.projections)
+        keep = kept_of_parameters((p, masks[p.name].keep) for b in blocks for p in b.projections if p.name in masks)
 
     def judge(step: int) -> dict[str, Any]:
         (metric,), losses = door.evaluate(evaluation, model)

@@ -175,7 +175,7 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             stages.add("pruning", kept.state.seconds)
         if text is not None:
             with stages.measure("training"):
-                history, earlier = train_on(plan, model, dense, calibration, text, evaluation, kept, log)
+                history, earlier = train_on(plan, model, dense, walked, calibration, text, evaluation, kept, log)
             stages.add("training", earlier)
         calibration = text = None
         release_freed_memory()

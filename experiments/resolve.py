@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from dass.distributed import everyone, world
 from dass.errors import DassError
 from dass.evaluation.door import ZERO_SHOT
-from dass.models import free_memory, resolve_device, resolve_dtype
+from dass.models import DTYPES, free_memory, resolve_device, resolve_dtype
 from dass.pruning.blocks import MLP_ROLES, ROLES, Block
 from dass.pruning.comparison import check_comparison
 from dass.pruning.pruner import BlockPruner
@@ -51,6 +51,11 @@ class Plan:
         return {name: pruner for name, pruner in self.pruners.items() if isinstance(pruner, BlockPruner)}
 
     @property
+    def keeps_masks(self) -> bool:
+        """Whether the masks are needed behind the walk, to be written or trained under."""
+        return self.config.masks is not None or self.config.finetune.steps > 0
+
+    @property
     def calibrates(self) -> bool:
         """Whether the run reads any calibration tokens."""
         return calibrates(self.config, self.pruners)
@@ -73,6 +78,12 @@ class Plan:
         if model.dtype != "auto":
             return resolve_dtype(model.dtype, "", None)
         return "float32" if self.device.type == "cpu" else resolve_dtype("auto", source_of(model), model.revision)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """What the weights are rounded to once they are pruned."""
+        model = self.config.model
+        return DTYPES[resolve_dtype(model.dtype, source_of(model), model.revision)]
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

@@ -1,5 +1,6 @@
 """The stage of training: the pruned model under its mask, which is chosen anew at each evaluation."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from dass.data.calibration import calibration_tokens
 from dass.data.tokens import Tokenizer
 from dass.errors import DassError
 from dass.evaluation import door
+from dass.pruning.blocks import kept_of_parameters
 from dass.pruning.layout import find_blocks
+from dass.pruning.walk import prune_model
 from dass.resume import Kept
 from dass.training.masked import Recipe, train
 from dass.training.stability import Dense, dense_weights, judged, put_back
 from experiments.resolve import Plan
-from experiments.walked import Log
+from experiments.walked import Log, Walked
 
 
 def text_of(plan: Plan, tokenizer: Tokenizer | None) -> Tensor | None:
@@ -40,19 +43,32 @@ def train_on(
     plan: Plan,
     model: PreTrainedModel,
     dense: Dense,
+    walked: Walked,
     calibration: Tensor | None,
     text: Tensor,
     evaluation: door.Evaluation,
     kept: Kept,
     log: Log,
 ) -> tuple[list[dict[str, Any]], float]:
-    """Train the pruned model; what was said of it at each evaluation, see `judged`, and seconds as `train` says."""
+    """Train the pruned model; what was said at each evaluation, see `judged`, and earlier processes' seconds."""
     config, (pruner,) = plan.config, plan.pruners.values()
+    blocks = find_blocks(model, config.model.projections)
+    targets = [p for block in blocks for p in pruner.projections(block)]
+    fixed = {p.name: walked.masks.keep(p.name).to(p.weight.device) for p in targets}
+    keep = kept_of_parameters((p, fixed[p.name]) for p in targets)
 
     def losses(one: PreTrainedModel) -> list[float]:
         return door.evaluate(evaluation, one, config.batch_size)[1]
 
-    judge = judged(model, pruner, calibration, losses, config.model.projections)
+    choose = partial(
+        prune_model,
+        pruner=pruner.storing(plan.stored),
+        input_ids=calibration,
+        batch_size=walked.halved or walked.batch_size,
+        projections=config.model.projections,
+        min_expert_tokens=config.calibration.min_expert_tokens,
+    )
+    judge = judged(model, fixed, choose, losses)
 
     def logged(step: int) -> dict[str, Any]:
         found = judge(step)
@@ -60,4 +76,5 @@ def train_on(
         return found
 
     recipe = Recipe(**{key: value for key, value in vars(config.finetune).items() if key != "n_sequences"})
-    return train(model, put_back(dense), text, recipe, logged, Path(kept.folder), f"{plan.run_id} {kept.by}")
+    put_back(dense, keep)
+    return train(model, keep, text, recipe, logged, Path(kept.folder), f"{plan.run_id} {kept.by}")

@@ -1,5 +1,6 @@
 """The stage of pruning: the walk over the blocks, and what it leaves behind."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -12,13 +13,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from dass.audit import as_dict, audit
-from dass.distributed import everyone, first, gathered, rank
+from dass.distributed import everyone, first, gathered, rank, world
 from dass.errors import DassError, told
 from dass.memory import note_halved
-from dass.models import DTYPES, batch_size_for, resolve_dtype
+from dass.models import batch_size_for
 from dass.progress import progress, say
 from dass.pruning.blocks import Block, resident
-from dass.pruning.comparison import BlockDiagnostics, compare_block, comparison_needs
+from dass.pruning.comparison import SHARE, BlockDiagnostics, compare_block, comparison_needs
 from dass.pruning.layout import find_blocks
 from dass.pruning.pruner import Pruned
 from dass.pruning.update import UPDATES
@@ -27,7 +28,6 @@ from dass.resume import Kept
 from dass.saving import rounding
 from dass.sparsity import PackedMasks, sparsity_report
 from dass.streaming import Shelf, block_path
-from experiments.fingerprint import source_of
 from experiments.resolve import Plan
 
 Log = Callable[[dict[str, float]], None]
@@ -41,7 +41,7 @@ class Walked:
     projections: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each the pattern, axis, damping
     rare: dict[str, int] = field(default_factory=dict)  # experts that saw too few tokens: how many they saw
     measured: list[BlockDiagnostics] = field(default_factory=list)  # of each block, where methods are compared
-    masks: PackedMasks = field(default_factory=PackedMasks)  # where they are asked for
+    masks: PackedMasks = field(default_factory=PackedMasks)  # where they are needed later
     batch_size: int = 1  # sequences per forward
     halved: int | None = None  # what is left of it, where the memory of the device did not suffice
     hessians: str | None = None  # how their products were made
@@ -67,12 +67,11 @@ def counted(plan: Plan, model: PreTrainedModel, shelf: Shelf | None, walked: Wal
 
 def audited(plan: Plan, model: PreTrainedModel, shelf: Shelf | None) -> dict[str, Any] | None:
     """What hardware can make of the model, as it will be stored; None of a dense model whose blocks are not found."""
-    stored = DTYPES[resolve_dtype(plan.config.model.dtype, source_of(plan.config.model), plan.config.model.revision)]
     try:
         blocks = find_blocks(model, plan.config.model.projections)
     except DassError:
         return None
-    return as_dict(audit(model, blocks, stored, resident if shelf is None else shelf.hold))
+    return as_dict(audit(model, blocks, plan.stored, resident if shelf is None else shelf.hold))
 
 
 @torch.no_grad()
@@ -80,9 +79,8 @@ def prune(
     plan: Plan, model: PreTrainedModel, shelf: Shelf | None, kept: Kept, calibration: torch.Tensor | None, log: Log
 ) -> Walked:
     """Prune the model in place, or on its shelf, from where an earlier run was killed; or compare methods."""
-    config, source = plan.config, source_of(plan.config.model)
-    stored = DTYPES[resolve_dtype(config.model.dtype, source, config.model.revision)]
-    pruners = [pruner.storing(stored) for pruner in plan.pruners.values()]
+    config = plan.config
+    pruners = [pruner.storing(plan.stored) for pruner in plan.pruners.values()]
     blocks = find_blocks(model, config.model.projections)
     plan.check_blocks(blocks)
     if config.calibration.min_expert_tokens is not None and not any(u.routed for block in blocks for u in block.units):
@@ -90,12 +88,14 @@ def prune(
     size = config.batch_size or (batch_size_for(model, calibration.shape[1]) if calibration is not None else 1)
     if any(UPDATES.find(pruner.method.update).whole for pruner in pruners):
         size = 1  # each batch is a step of the training
+    if plan.compares and calibration is not None:  # the share that MLPs are watched on ends where a batch does
+        size = math.gcd(size, len(range(rank(), math.ceil(SHARE * len(calibration)), world())))
     walked = Walked(batch_size=size)
     needs = partial(comparison_needs, plan.compared) if plan.compares else pruners[0].needs
-    start = _goes_on(walked, blocks, shelf, kept, config.masks is not None)
+    start = _goes_on(walked, blocks, shelf, kept, plan.keeps_masks)
     bar = progress(None, "pruning", "block", len(blocks))
     bar.update(start[0])
-    writes = rounding(model, str(stored).removeprefix("torch."))
+    writes = rounding(model, str(plan.stored).removeprefix("torch."))
 
     def done(index: int, batches: Iterable[torch.Tensor]) -> None:
         if plan.compares or not first(kept.is_due):
@@ -121,7 +121,7 @@ def prune(
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs, step.rare))
         for part in step.block.parts() if one_by_one else [step.block]:
             pruned = [] if plan.compares else pruners[0].prune(part, step.streams, step.outputs)
-            counts.append(note(walked, step, pruned, pruners[0].method.order, config.masks is not None))
+            counts.append(note(walked, step, pruned, pruners[0].method.order, plan.keeps_masks))
             del pruned  # with its masks
         step.streams.clear()  # or it would be there beside that of the next block
         zeros, weights = map(sum, zip(*counts, strict=True))

@@ -166,6 +166,7 @@ def prune_model(
     input_ids: Tensor | None = None,
     batch_size: int = 1,
     projections: Mapping[str, str] | None = None,
+    min_expert_tokens: int | None = None,
 ) -> dict[str, Mask]:
     """Prune a causal language model in place; returns the mask of each projection by its name.
 
@@ -173,12 +174,13 @@ def prune_model(
         input_ids: calibration tokens, `(n_sequences, seq_len)` int64; magnitude needs none.
         batch_size: sequences per forward.
         projections: a regular expression for each role, where the layout is not known.
+        min_expert_tokens: see `walk`.
 
     Raises:
         DassError: what `walk`, `BlockPruner.check` and `BlockPruner.prune` raise.
     """
     pruner.check(find_blocks(model, projections))
-    steps = walk(model, input_ids, pruner.needs, batch_size, projections=projections)
+    steps = walk(model, input_ids, pruner.needs, batch_size, min_expert_tokens, projections)
     pruned = [one for step in steps for one in pruner.prune(step.block, step.streams, step.outputs)]
     for one in pruned:
         broadcast(part for part in (one.mask.keep, one.mask.order) if part is not None)

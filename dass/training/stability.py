@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import Block
 from dass.pruning.comparison import jaccard
-from dass.pruning.layout import find_blocks
+from dass.pruning.masks import Mask
 from dass.pruning.pruner import BlockPruner
-from dass.pruning.walk import prune_model
 from dass.training.masked import Judge, Keep
 
 Dense = dict[tuple[nn.Module, str], Tensor]
@@ -26,22 +25,18 @@ def dense_weights(pruner: BlockPruner | AdaptivePruner, blocks: list[Block]) -> 
 
 
 @torch.no_grad()
-def put_back(dense: Dense) -> Keep:
-    """Give the pruned weights their dense values again, for masks to hide; the masks, by parameter."""
-    keep = {}
+def put_back(dense: Dense, keep: Keep) -> None:
+    """Give the pruned weights their dense values again, for masks to hide."""
     for (module, name), before in dense.items():
         weight = module.get_parameter(name)
-        keep[module, name] = weight != 0
-        weight.copy_(torch.where(weight != 0, weight, before))
-    return keep
+        weight.copy_(torch.where(keep[module, name], weight, before))
 
 
 def judged(
     model: PreTrainedModel,
-    pruner: BlockPruner | AdaptivePruner,
-    calibration: Tensor | None,
+    masks: Mapping[str, Tensor],
+    choose: Callable[[PreTrainedModel], Mapping[str, Mask]],
     losses: Callable[[PreTrainedModel], list[float]],
-    projections: Mapping[str, str] | None = None,
 ) -> Judge:
     """Judge a model in training by its loss, and its mask by what the method would choose now.
 
@@ -49,26 +44,26 @@ def judged(
     not reach, as it was to the dense model; to zeros no criterion would give a chance.
 
     Args:
-        model: pruned, with nothing but zeros where it is; its weights, not adapters, will be trained.
+        model: its weights, not adapters, will be trained.
+        masks: under which it is, bool, by projection.
+        choose: prunes a model by the method, see `prune_model`.
         losses: gives the mean token loss of each held-out window.
-        projections: a regular expression for each role, where the layout is not known.
 
     Returns:
         A judge that gives `loss` and its `windows`; `overlap`, `jaccard` of the new mask with the one at the start; and
         `exchanged`, the loss with the new mask (and the method's update) in its place, with its `exchanged_windows`.
     """
-    fixed = {p.name: p.weight != 0 for block in find_blocks(model, projections) for p in pruner.projections(block)}
     other = copy.deepcopy(model)
 
     def judge(step: int) -> dict[str, Any]:
         for name, weight in model.named_parameters():  # what the masks hide, too
             other.get_parameter(name.replace("parametrizations.", "").removesuffix(".original")).copy_(weight)
-        masks: Mapping[str, Any] = prune_model(other, pruner, calibration, projections=projections)
+        found = choose(other)
         now, then = losses(model), losses(other)
         return {
             "loss": sum(now) / len(now),
             "windows": now,
-            "overlap": jaccard(list(fixed.values()), [masks[name].keep for name in fixed]),
+            "overlap": jaccard(list(masks.values()), [found[name].keep for name in masks]),
             "exchanged": sum(then) / len(then),
             "exchanged_windows": then,
         }

@@ -121,6 +121,18 @@ def test_magnitude_released_stays_down_only(setting, tmp_path):
     assert list(record["sparsity"]["projections"]) == [f"model.layers.{i}.mlp.down_proj" for i in (1, 2)]
 
 
+def test_what_experts_write_is_seen_for_the_same_sequences_whatever_the_batches(setting, tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    for size in (1, 4, 6):  # of 6 sequences, two are looked at
+        compare = ["method=compare", "method.methods=[wanda,dass]", "evaluation=none"]
+        run(*setting, *compare, f"batch_size={size}", f"results_dir={tmp_path / str(size)}/runs")
+    one, *others = [records(tmp_path / str(size))[0]["diagnostics"]["experts"] for size in (1, 4, 6)]
+    assert len(one) == 6 and min(expert["tokens"] for expert in one) > 0
+    for other in others:
+        for mine, theirs in zip(one, other, strict=True):
+            assert mine["errors"] == pytest.approx(theirs["errors"], rel=1e-4) and mine["tokens"] == theirs["tokens"]
+
+
 def test_evaluation_none_needs_no_tokenizer(setting, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).unlink()
