@@ -185,8 +185,6 @@ def test_runs_without_a_setting_that_is_given_are_left_out(tmp_path):
     )
     lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
     assert lines and all("dass 2:4 matched" in line for line in lines)
-    done = command(*given, "method.updat=swap")
-    assert done.returncode == 1 and "method.updat" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_failing_run_of_a_sweep_is_told_in_its_manifest(setting, tmp_path):  # noqa: F811
