@@ -535,6 +535,7 @@ def test_the_command_line_tells_errors_in_one_line(setting):
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failing_run(setting, tmp_path):
     result = command("--multirun", *setting, "method=dense,wanda", "evaluation.n_windows=11,3")
     assert result.returncode == 1
@@ -543,6 +544,7 @@ def test_a_sweep_goes_on_after_a_failing_run(setting, tmp_path):
     assert not (ROOT / "multirun.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_record(setting, tmp_path):
     save_file({"input_ids": random_tokens(20000, 24)}, tmp_path / "tokens.safetensors")
     outputs = [f"save_model={tmp_path / 'saved'}", f"masks={tmp_path / 'masks'}"]
@@ -579,6 +581,7 @@ def test_a_crash_closes_the_run_of_wandb(setting, tmp_path, monkeypatch):
     assert record["id"].encode() in next(offline.glob("*.wandb")).read_bytes() and record["failed"]
 
 
+@pytest.mark.slow
 def test_smollm2_end_to_end(tmp_path):
     """The real model: dense is far better than pruned, and DaSS and Wanda far better than magnitude."""
     common = [
