@@ -8,7 +8,7 @@ import torch
 
 from dass.stages import Stages
 
-REPEATS = 4  # of each timing, interleaved; the fastest counts, since other programs only ever slow one down
+REPEATS = 3  # of each timing, interleaved; the fastest counts, since other programs only ever slow one down
 CPU = torch.device("cpu")
 Bound = Literal["at least", "at most"]
 

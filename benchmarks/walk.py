@@ -38,7 +38,7 @@ from dass.pruning.update import obs_sweep
 from dass.pruning.walk import prune_model
 from dass.records import git_state, machine_description, package_versions, write_atomically
 
-CALIBRATION = (16, 512)
+CALIBRATION = (32, 512)
 COUNTED = "LLaMA2-7B at 2:4, bf16, 128 x 2048 tokens, on an H100 that is not there"
 STREAMED = "LLaMA2-70B at 2:4, bf16, 128 x 2048 tokens, blocks from disk; all that lies on such a GPU"
 ALONG_INPUTS: dict[str, Axis] = dict.fromkeys(("gate", "up", "down"), "in")

@@ -119,6 +119,13 @@ def moved(view: View, method: str, pattern: str, other: str) -> Difference:
     return Difference(one.mean - two.mean, math.hypot(one.stderr, two.stderr), min(one.freedom, two.freedom))
 
 
+def draws(view: View, method: str, pattern: str, than: str = "wanda") -> list[float]:
+    """The differences of mean loss to another method, one for each seed and order in which both were run."""
+    others = {run.replicate: run for run in view.cell(than, pattern).runs}
+    own = [run for run in view.cell(method, pattern).runs if run.replicate in others]
+    return [float(np.mean(run.losses) - np.mean(others[run.replicate].losses)) for run in own]
+
+
 def verdict(*differences: Difference) -> str:
     """Whether it holds that the first is better: of differences that agree. DassError where they do not."""
     verdicts = {VERDICTS[int(np.sign(one.mean)) if one.counts else 0] for one in differences}
@@ -167,7 +174,7 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
     functions: list[Callable[..., Any]] = [page.view, page.minutes, page.machines, page.block_mean, page.blocks]
-    functions += [compare, moved, verdict, require, bold_best]
+    functions += [compare, moved, draws, verdict, require, bold_best]
     with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})
