@@ -41,6 +41,8 @@ def sentence(error: BaseException) -> str:
     kept = [line for line in lines if not line.startswith(details)]
     where = [line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")]
     text = one_line(" ".join(kept)) or type(error).__name__
+    if isinstance(error, AssertionError) and "Unexpected type for root" in text:  # OmegaConf's
+        text = "a setting is part of one that is null here, as model.trained of most models is: remove it"
     if isinstance(error, OverrideParseException):
         text += """: a value with commas, brackets or spaces is quoted twice, as in 'model.path="a, b"'"""
     if isinstance(error, ConfigKeyError | ConfigAttributeError):

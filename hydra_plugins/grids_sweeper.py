@@ -31,7 +31,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -111,13 +111,13 @@ class GridsSweeper(Sweeper):
     def composable(self, jobs: list[list[str]]) -> list[list[str]]:
         """The jobs whose settings exist; raises what Hydra says where there is none, or no experiment lists them."""
         fitting: list[list[str]] = []
-        misfits: dict[str, ConfigCompositionException] = {}
+        misfits: dict[str, Exception] = {}
         for job in jobs:
             try:
                 self.validate_batch_is_legal([job])
                 fitting.append(job)
-            except ConfigCompositionException as error:
-                misfits[" ".join(one for one in job if one.startswith(("method=", "update=")))] = error
+            except (HydraException, AssertionError) as error:  # OmegaConf's, of a part that is null
+                misfits[" ".join(one for one in job if one.startswith(("model=", "method=", "update=")))] = error
         if misfits and (not fitting or self.grids == [{}]):
             raise next(iter(misfits.values()))
         if misfits:
