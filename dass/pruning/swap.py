@@ -3,7 +3,9 @@
 With R = W - W', what is pruned, the output error of a layer is E = sum over rows i of R_i H R_i^T, H = X^T X, and
 G = R H. Pruning the kept W_ip changes it by a_ip = 2 W_ip G_ip + W_ip^2 H_pp, keeping the pruned W_kq by
 b_kq = -2 W_kq G_kq + W_kq^2 H_qq, and both in one row (i = k) by a_ip + b_iq - 2 W_ip W_iq H_pq, exactly. The error is
-a sum over rows, so that an exchange between two rows, as groups along the outputs need it, changes it by a_ip + b_kq.
+a sum over rows, so that an exchange between two rows, as groups along the outputs need it, changes it by a_ip + b_kq,
+and two exchanges in two rows by the sum of both: W_ip for W_iq with W_kq for W_kp, which leaves rows and columns of a
+tile as many kept weights as they had, as N:M along both axes needs it.
 """
 
 from dataclasses import dataclass, replace
@@ -64,17 +66,17 @@ def exchanged(weight: Tensor, mask: Mask, hessian: Tensor, most: int = 1000) -> 
 
     Args:
         weight: W, dense, `(out_features, in_features)`, fp32 or fp64.
-        mask: which weights are kept; its axis is `in`, `out` or `layer`.
+        mask: which weights are kept.
         hessian: X^T X up to a factor, `(in_features, in_features)`, of the weight's dtype.
         most: exchanges of a row, in the mean over the rows that they join.
 
     Raises:
-        DassError: a mask with groups of another kind.
+        DassError: its groups are blocks of columns.
     """
-    if mask.axis not in ("in", "out", "layer") or mask.column_block is not None:
+    if mask.column_block is not None:
         raise DassError(
-            f"The update swap exchanges weights along in, out or layer, not along {mask.axis}"
-            f"{' in blocks of columns' if mask.column_block else ''}: use another axis, or update=obs.",
+            "The update swap exchanges weights along an axis, not in blocks of columns: use another criterion, or "
+            "update=obs.",
             "method.update",
         )
     size = mask.pattern.m if isinstance(mask.pattern, NM) else None
@@ -100,7 +102,10 @@ class Layer:
 
 
 class Exchanges(NamedTuple):
-    """Candidates of each island, `(islands, n)`: which of its weights to prune, which to keep, and what E becomes."""
+    """Candidates of each island, `(islands, n)`: which of its weights to prune, which to keep, and what E becomes.
+
+    Of a single candidate, `(islands, 1)`, there may be two weights to prune and two to keep.
+    """
 
     out: Tensor
     into: Tensor
@@ -133,6 +138,7 @@ def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
             good[idle] = _apart(other, least[idle], n)
             for mine, theirs in zip(one, other, strict=True):
                 mine[idle] = theirs
+        good = good.expand_as(one.out)
         going = good.any(1) & (made < layer.most * w.shape[1])
         if not going.all():
             found[left[~going]] = kept[~going]
@@ -152,9 +158,10 @@ def _descended(layer: Layer, weight: Tensor, keep: Tensor) -> Tensor:
 def _apart(one: Exchanges, least: Tensor, n: int) -> Tensor:
     """Which candidates gain enough and are the best of all that touch one of their rows: together they gain the sum."""
     rows = one.out // n, one.into // n
-    good = one.change < -least.gather(1, rows[0]) - least.gather(1, rows[1])
+    doubt = least.gather(1, rows[0]) + least.gather(1, rows[1])
     if one.change.shape[1] == 1:
-        return good
+        return one.change < -doubt.sum(1, keepdim=True)
+    good = one.change < -doubt
     place = one.change.argsort(dim=1, stable=True).argsort(dim=1)
     first = torch.full_like(least, place.shape[1], dtype=place.dtype)
     for row in rows:
@@ -178,6 +185,8 @@ def _proposed(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor, count: int) -
             return found
         best = found.change.argmin(1, keepdim=True)
         return Exchanges(*(x.gather(1, best) for x in (found.out, found.into, found.change)))
+    if layer.axis == "both":
+        return _crosswise(layer, w, cost, gain)
     p, q, change = _within_rows(layer, w.flatten(0, 1), cost.flatten(0, 1), gain.flatten(0, 1), count)
     if layer.axis == "in":
         return Exchanges(p[:, None], q[:, None], change[:, None])
@@ -192,16 +201,32 @@ def _proposed(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor, count: int) -
     return Exchanges(out[None], into[None], torch.cat([change, across])[None])
 
 
+def _crosswise(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor) -> Exchanges:
+    """The best two exchanges in two rows of a tile, in opposite directions, of each M rows."""
+    m, n = layer.size or 1, w.shape[-1]
+    change = _within_groups(layer.hessian, m, *(x.flatten(0, 1) for x in (w, cost, gain))).unflatten(0, (-1, m))
+    # each row with those behind it, in turn
+    found = [(change + change.roll(-i, 1).transpose(-1, -2)).flatten(1).min(1) for i in range(1, m // 2 + 1)]
+    values, index = (torch.stack(part, 1) for part in zip(*found, strict=True))
+    best = values.argmin(1, keepdim=True)
+    i, group, p, q = torch.unravel_index(index.gather(1, best), change.shape[1:])
+    k, p, q = (i + best + 1) % m, group * m + p, group * m + q
+    out, into = torch.cat([i * n + p, k * n + q], 1), torch.cat([i * n + q, k * n + p], 1)
+    return Exchanges(out, into, values.gather(1, best))
+
+
+def _within_groups(hessian: Tensor, m: int, w: Tensor, cost: Tensor, gain: Tensor) -> Tensor:
+    """What each exchange in an N:M group of a row changes, `(rows, groups, M, M)`: that to prune, then that to keep."""
+    blocks = hessian.unflatten(0, (-1, m)).unflatten(2, (-1, m)).diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (g, m, m)
+    a, b, v = (x.unflatten(1, (-1, m)) for x in (cost, gain, w))
+    return torch.addcmul(a[..., None] + b[..., None, :], v[..., None] * blocks, v[..., None, :], value=-2)
+
+
 def _within_rows(layer: Layer, w: Tensor, cost: Tensor, gain: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best exchange inside each row `(rows, in_features)`: what to prune, what to keep, and the change."""
     hessian, m = layer.hessian, layer.size
     if m is not None:
-        blocks = (
-            hessian.unflatten(0, (-1, m)).unflatten(2, (-1, m)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        )  # (g, m, m)
-        a, b, v = (x.unflatten(1, (-1, m)) for x in (cost, gain, w))
-        change = torch.addcmul(a[..., None] + b[..., None, :], v[..., None] * blocks, v[..., None, :], value=-2)
-        best = change.flatten(1).min(1)
+        best = _within_groups(hessian, m, w, cost, gain).flatten(1).min(1)
         group, pair = best.indices // m**2, best.indices % m**2
         return group * m + pair // m, group * m + pair % m, best.values
     # as many as the row with the most has, so that with count = in_features all pairs are there

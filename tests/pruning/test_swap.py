@@ -16,6 +16,7 @@ from tests.models import random_tokens, tiny_model
 from tests.pruning.test_update import correlated, layer_error
 
 CASES = [(pattern, axis) for pattern in (NM(2, 4), NM(1, 4), NM(5, 8), Unstructured(0.5)) for axis in ("in", "out")]
+CASES += [(NM(2, 4), "both"), (NM(1, 4), "both"), (NM(3, 8), "both")]
 CASES += [(Unstructured(0.3), "in"), (Unstructured(0.3), "out"), (Unstructured(0.5), "layer")]
 
 
@@ -43,6 +44,8 @@ def error(x, weight, keep):
 
 def exchanges(mask):
     """All masks that one exchange leads to, `(n, rows, columns)`, with what is exchanged."""
+    if mask.axis == "both":
+        return torch.stack(crosswise(mask)), None
     kept = mask.keep.tolist()
     pairs = [pair for group in groups_of(mask) for pair in itertools.product(group, group)]
     pairs = [(out, into) for out, into in pairs if kept[out[0]][out[1]] and not kept[into[0]][into[1]]]
@@ -50,6 +53,19 @@ def exchanges(mask):
     (i, p), (k, q) = (torch.tensor(ends).T for ends in zip(*pairs, strict=True))
     masks[at, i, p], masks[at, k, q] = False, True
     return masks, pairs
+
+
+def crosswise(mask):
+    """The same where two rows exchange the same two columns of a tile, in opposite directions."""
+    m, found = mask.pattern.m, [mask.keep]
+    for i, k in itertools.combinations(range(len(mask.keep)), 2):
+        for p, q in itertools.permutations(range(mask.keep.shape[1]), 2):
+            corners = mask.keep[[i, i, k, k], [p, q, p, q]].tolist()
+            if (i // m, p // m) == (k // m, q // m) and corners == [True, False, False, True]:
+                keep = mask.keep.clone()
+                keep[i, [p, q]], keep[k, [p, q]] = torch.tensor([False, True]), torch.tensor([True, False])
+                found.append(keep)
+    return found
 
 
 def errors_of(x, weight, masks):
@@ -86,16 +102,16 @@ def test_no_exchange_is_left_that_lowers_the_error(pattern, axis, count, monkeyp
 
 @pytest.mark.parametrize(("pattern", "axis"), [c for c in CASES if c[1] == "in" or isinstance(c[0], NM)], ids=str)
 def test_the_optimum_is_that_of_the_best_exchanges_by_brute_force(pattern, axis):
-    x, weight, hessian = problem(rows=4 if axis == "in" else 8, features=12 if pattern != NM(5, 8) else 16)
+    x, weight, hessian = problem(rows=4 if axis == "in" else 8, features=16 if pattern in (NM(5, 8), NM(3, 8)) else 12)
     mask = select_mask(weight.abs(), pattern, axis)
     assert torch.equal(exchanged(weight, mask, hessian).keep, descend(x, weight, mask).keep)
 
 
-@pytest.mark.parametrize("axis", ["in", "out", "layer"])
+@pytest.mark.parametrize("axis", ["in", "out", "layer", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_error_never_rises(axis, dtype):
     """Also from a mask at an optimum, with inputs that are nearly one or never active, and in fp32."""
-    for seed, pattern in enumerate((NM(2, 4), Unstructured(0.5))):
+    for seed, pattern in enumerate((NM(2, 4), NM(4, 8) if axis == "both" else Unstructured(0.5))):
         x, weight, _ = problem(seed, 16, 16, dtype)
         x[:, 1], x[:, 2] = x[:, 0] * 1.0001, 0
         wide, hessian = x.double(), x.T @ x
@@ -121,7 +137,12 @@ def test_an_exchange_of_two_rows_changes_the_error_by_the_sum_of_both():
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("criterion", "axis", "pattern"),
-    [("magnitude", "layer", Unstructured(0.5)), ("dass", "out", NM(2, 4)), ("obs", "layer", NM(2, 4))],
+    [
+        ("magnitude", "layer", Unstructured(0.5)),
+        ("dass", "out", NM(2, 4)),
+        ("obs", "layer", NM(2, 4)),
+        ("wanda", "both", NM(2, 4)),
+    ],
     ids=str,
 )
 def test_in_a_model_swap_lowers_the_error_of_a_mask_and_obs_lowers_that(criterion, axis, pattern):
