@@ -31,8 +31,7 @@ USER_ERRORS = (DassError, HydraException, OmegaConfBaseException)
 
 def sentence(error: BaseException) -> str:
     """An error as one line: the innermost message of a chain of Hydra's, without OmegaConf's trailing details."""
-    while error.__cause__ is not None and not isinstance(error, DassError):
-        error = error.__cause__
+    error = innermost(error)
     if isinstance(error, DassError) and error.field is not None and error.field not in str(error):
         return one_line(f"{error} (setting: {error.field})")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -48,6 +47,13 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         text += ": no such setting, see the files in conf/ for those that exist"
     return f"{where[0]}: {text}" if where and where[0] not in text else text
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The error at the bottom of a chain of Hydra's, or one of ours above it."""
+    while error.__cause__ is not None and not isinstance(error, DassError):
+        error = error.__cause__
+    return error
 
 
 def typed(kind: type[Settings], values: Any) -> Settings:

@@ -33,8 +33,10 @@ def prepared(arguments: list[str], conf: Path) -> list[str]:
 
 
 def quoted(override: str, sweeps: bool) -> str:
-    """An override with its path in quotes, or its several paths where it sweeps over them, if they need any."""
+    """An override for Hydra: its path in quotes, or its several paths where it sweeps over them, if they need any."""
     key, _, value = override.partition("=")
+    if sweeps and key.startswith(("method.", "model.")) and key not in PATHS and PLAIN.fullmatch(value):
+        return f"{key}=choice({value})"  # a sweep over one: else Hydra looks for it in the default one first
     if key.lstrip("+") not in PATHS or value[:1] in ("'", '"') or (sweeps and "(" in value):
         return override
     paths = value.split(",") if sweeps else [value]

@@ -7,11 +7,12 @@ from pathlib import Path
 from hydra import compose
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from dass.errors import DassError
 from dass.manifests import Manifest, PlannedRun, write_manifest
 from dass.records import identity_of
-from experiments.app import sentence
+from experiments.app import innermost, sentence
 from experiments.public import public, public_override, public_text
 from experiments.resolve import check
 from report.kinds import find_kind
@@ -42,6 +43,16 @@ def plan_sweep(config: DictConfig, jobs: list[list[str]], arguments: list[str]) 
     find_kind(report)
     runs = [_planned(compose("prune", job)) for job in jobs]
     return Manifest(name, experiment, scale, report, [public_override(one) for one in arguments], runs)
+
+
+def misfit(job: list[str]) -> str | None:
+    """What is wrong with the overrides of a run: the setting that is not there, or "" for another error."""
+    try:
+        check(compose("prune", job))
+    except Exception as error:  # OmegaConf meets some of it with an AssertionError
+        inner = innermost(error)
+        return str(inner.full_key) if isinstance(inner, ConfigKeyError | ConfigAttributeError) else ""
+    return None
 
 
 def begin_sweep(folder: Path, config: DictConfig, jobs: list[list[str]], arguments: list[str]) -> Manifest | None:

@@ -22,7 +22,7 @@ from experiments import prune
 from experiments.app import CONF
 from experiments.public import public
 from experiments.resolve import check
-from experiments.sweep import plan_sweep, write_sweep
+from experiments.sweep import misfit, plan_sweep, write_sweep
 from hydra_plugins.grids_sweeper import jobs_of
 from report.grid import MISSING
 from report.kinds import KINDS, Material
@@ -107,6 +107,36 @@ def test_values_that_are_listed_are_chosen():
     }
     assert len(jobs("method=dass,wanda")) == len(jobs()) - 1
     assert len(jobs("method=ria")) == 7 and all("method=ria" in job for job in jobs("method=ria"))
+
+
+def test_the_command_line_restricts_an_experiment_or_changes_it(hydra, capsys):
+    """Without what has no place: a setting of what was displaced, and an argument of the dense model."""
+
+    def jobs(*arguments):
+        found = jobs_of(grids, [{"model": "smollm2_135m,gemma3_270m"}], list(arguments), misfit)
+        kept = [" ".join(one for one in job if not one.startswith("model=smol")) for job in found]
+        return kept, capsys.readouterr().err
+
+    swap = {"method": "wanda,dass", "update": "swap", "method.exchanges": 20}
+    grids = [{"method": "dense"}, {"method": "wanda,dass", "update": "none"}, swap]
+    smollm = "model=smollm2_135m"
+    assert jobs(smollm, "method=dense,wanda", "update=swap")[0] == ["method=wanda update=swap method.exchanges=20"]
+    assert jobs(smollm, "method=dense,wanda", "update=mlp") == (
+        ["method=dense", "method=wanda update=mlp"],
+        "note: method.exchanges=20 has no place in 1 of 3 runs, which go without it\n"
+        "note: update=mlp has no place in 1 of 3 runs, which go without it\n",
+    )
+    assert jobs(smollm, "update=swap", "method=dass")[0] == ["method=dass update=swap method.exchanges=20"]
+    assert jobs(smollm, "method=dass", "update=swap") == jobs("update=swap", "method=dass", smollm)
+    assert jobs(smollm, "method=wanda", "method.exchanges=3")[0] == [
+        "method=wanda update=none",
+        "method=wanda update=swap method.exchanges=3",
+    ]
+    changed, said = jobs(smollm, "method=wanda", "update=mlp")
+    assert changed == ["method=wanda update=mlp"] and "method.exchanges=20 has no place in 1 of 2 runs" in said
+    assert jobs("model=mistral_7b", "method=dense")[0] == ["method=dense model=mistral_7b"]
+    wrong = jobs(smollm, "method=wanda", "method.exchange=3")  # it has a place in none: each says so
+    assert all("method.exchange=3" in job for job in wrong[0]) and wrong[1] == ""
 
 
 def test_every_experiment_is_counted_here_and_has_a_target():

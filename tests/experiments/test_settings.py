@@ -74,6 +74,7 @@ def test_paths_are_what_was_typed(path):
         (["model.path=m/x,glob(*)", "-m"], ["-m", "model.path=m/x,glob(*)"]),
         (["seed=1", "~exclude", "--config-dir", "d", "-m"], ["--config-dir", "d", "-m", "seed=1", "~exclude"]),
         (["seed=1", "experiment=reproduce"], ["--multirun", "seed=1", "experiment=reproduce"]),
+        (["-m", "method.a=1", "method.b=1,2"], ["-m", "method.a=choice(1)", "method.b=1,2"]),
         (["experiment=reproduce", "--cfg", "job"], ["--cfg", "job", "experiment=reproduce"]),
         (["method.axis={gate: in}", "model.path=m-1/x"], ["method.axis={gate: in}", "model.path=m-1/x"]),
         (["method=mine", "--config-dir=d"], ["--config-dir=d", "method=mine"]),
