@@ -79,6 +79,8 @@ class GridsSweeper(Sweeper):
             if argument.startswith(("experiment=", "scale=")) and "," in argument:
                 raise HydraException(f"{argument}: one experiment at one scale is a sweep; give one after the other.")
         jobs = jobs_of(self.grids, self.scales.get(self.scale or "", [{}]), arguments)
+        if not jobs:
+            raise HydraException(f"No run of the experiment has all of {' '.join(arguments)}: leave some of them out.")
         jobs = self.composable(jobs)
         from dass.distributed import first, together, world  # late: Hydra scans all plugins
         from experiments.scratch import LATER

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from dass.errors import DassError
+from dass.errors import DassError, told
 from dass.progress import progress
 from dass.pruning.blocks import Block
 from dass.records import identity_of
@@ -169,8 +169,7 @@ def train(
         while True:
             is_due = step % recipe.every == 0 or step == recipe.steps
             if is_due and (not history or history[-1]["step"] < step):
-                with torch.no_grad():
-                    seen = judge(step)
+                seen = _judged(judge, step, history)
                 _require_finite(seen["loss"], step, "evaluation", history)
                 of_training = {"training_loss": sum(losses) / len(losses)} if losses else {}
                 history, losses = [*history, {"step": step} | of_training | seen], []
@@ -248,21 +247,19 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
             "LoRA needs the package peft: install it with `pip install '.[finetune]'`, or set finetune.lora_rank=0.",
             "finetune.lora_rank",
         ) from None
-    try:
+    what = f"lora_targets={recipe.lora_targets} is not a regular expression"
+    with told(what, "correct it", re.error, field="finetune.lora_targets"):
         fits = re.compile(recipe.lora_targets)
-    except re.error as error:
-        raise DassError(
-            f"lora_targets={recipe.lora_targets} is not a regular expression ({error}): correct it.",
-            "finetune.lora_targets",
-        ) from error
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and fits.search(name)]
     if not names:
         raise DassError(
             f"lora_targets={recipe.lora_targets} matches no linear layer of the model: name some that are there.",
             "finetune.lora_targets",
         )
-    config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=names)
-    inject_adapter_in_model(config, model)
+    targets = [f"model.{name}" for name in names]
+    config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=targets)
+    # in a plain module, as peft would adapt the experts of some models in the place of what is named
+    inject_adapter_in_model(config, nn.ModuleDict({"model": model}))
     return {name: model.get_submodule(name) for name in names}
 
 
@@ -273,12 +270,28 @@ def _order(count: int, recipe: Recipe) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)] or [torch.arange(0)])
 
 
+@torch.no_grad()
+def _judged(judge: Judge, step: int, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is to be known of the model; where that fails for a trained one, its training has mostly diverged."""
+    try:
+        return judge(step)
+    except DassError as error:
+        if not history:
+            raise
+        why = f"The model of step {step} cannot be judged ({str(error).rstrip('.')})"
+        raise DassError(f"{why}: lower finetune.learning_rate; {_kept(history)}.", error.field) from error
+
+
+def _kept(history: list[dict[str, Any]]) -> str:
+    return f"what it was at step {history[-1]['step']} is kept" if history else "nothing is written"
+
+
 def _require_finite(loss: float, step: int, what: str, history: list[dict[str, Any]]) -> None:
     if math.isfinite(loss):
         return
-    kept = f"what it was at step {history[-1]['step']} is kept" if history else "nothing is written"
     raise DassError(
-        f"The {what} loss of step {step} is {loss}: lower finetune.learning_rate; {kept}.", "finetune.learning_rate"
+        f"The {what} loss of step {step} is {loss}: lower finetune.learning_rate; {_kept(history)}.",
+        "finetune.learning_rate",
     )
 
 

@@ -105,6 +105,7 @@ def test_values_that_are_listed_are_chosen():
         "method=wanda sparsity=4of8",
         "method=dass sparsity=4of8",
     }
+    assert jobs("method=dense", "method.order=random") == set()  # which the sweeper refuses
     assert len(jobs("method=dass,wanda")) == len(jobs()) - 1
     assert len(jobs("method=ria")) == 7 and all("method=ria" in job for job in jobs("method=ria"))
 
@@ -185,6 +186,9 @@ def test_runs_without_a_setting_that_is_given_are_left_out(tmp_path):
     )
     lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
     assert lines and all("dass 2:4 matched" in line for line in lines)
+    nowhere = ["model=qwen25_coder_05b", "sparsity=unstructured", "method=wanda"]
+    done = command("experiment=table_repair", *nowhere, "dry_run=true", "device=cpu")
+    assert done.returncode == 1 and "error: No run of the experiment has all of" in done.stderr
 
 
 def test_a_failing_run_of_a_sweep_is_told_in_its_manifest(setting, tmp_path):  # noqa: F811

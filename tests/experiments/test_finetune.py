@@ -89,7 +89,7 @@ def test_distillation_needs_a_dense_model(tuning, tmp_path):
     [
         (["finetune.steps=0"], "steps=0 trains nothing"),
         (["finetune.batch=7"], "shorter than one batch of 7"),
-        (["finetune.learning_rate=1e30"], r"loss of step \d is (nan|inf)|mean loss is|not finite"),
+        (["finetune.learning_rate=1e30"], r"lower finetune\.learning_rate; what it was at step 0 is kept"),
         (["finetune.loss=kl"], "loss=kl must be one of next, distill"),
         (["evaluation=none"], "no loss to judge by"),
         (["masks=null"], "No matrix of the model is pruned"),

@@ -54,6 +54,7 @@ def row_of(line):
 def test_one_and_eight_devices(capsys):
     """405 billion parameters: 812 GB, which one H200 streams and eight hold."""
     out = printed(capsys, "model=llama31_405b", "device=h200", "evaluation=none")
+    assert "405,853,388,800" in out
     (row,) = [row_of(line) for line in out.splitlines() if "| dass " in line and "(streamed)" in line]
     assert row[0] == "dass" and float(row[1].split()[0].replace(",", "")) > 812 > 8 * float(row[2].split()[0])
     assert row[3].endswith("(streamed)") and row[4].endswith((" h", " min")) and "8 x h200" in out

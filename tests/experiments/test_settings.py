@@ -128,6 +128,21 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsy
     assert ended.value.code == 1 and line.startswith("error: ") and says in line and "model/mine" in line
 
 
+@pytest.mark.parametrize(("debug", "full"), [([], "0"), (["debug=true"], "0"), ([], "1")])
+def test_an_error_is_one_line_unless_all_of_it_is_asked_for(tmp_path, monkeypatch, capsys, debug, full):
+    given = ["model=local", "model.path=/nowhere", f"results_dir={tmp_path}", *debug]
+    monkeypatch.setattr(sys, "argv", ["prune", *given])
+    monkeypatch.setattr(app, "exit_on_signals", lambda: None)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", full)
+    with pytest.raises(DassError if debug or full == "1" else SystemExit) as ended:
+        app.run_app(prune.main, "prune")
+    if isinstance(ended.value, SystemExit):
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 1 and "/nowhere" in line
+    else:
+        assert "/nowhere" in str(ended.value)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -116,6 +116,16 @@ def test_what_diverges_leaves_its_last_good_weights(tmp_path):
         )
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["training-2.safetensors"]
     assert trained(tmp_path)[1][-1]["step"] == 5
+
+    def broken(step):
+        if step:
+            raise DassError("The mean loss is 9e9.")
+        return {"loss": 1.0}
+
+    with pytest.raises(
+        DassError, match=r"step 2 cannot be judged \(The mean.*\): lower finetune\.learning_rate; what .* step 0"
+    ):
+        trained(tmp_path / "broken", judge=broken)
     with pytest.raises(DassError, match=r"The (training|evaluation) loss of step \d is (nan|inf)"):
         trained(tmp_path / "other", learning_rate=1e30)
 
@@ -155,6 +165,15 @@ def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DassError, match=r"LoRA needs the package peft: install it"):
         trained(tmp_path, lora_rank=2)
+
+
+def test_adapters_are_where_they_are_named(tmp_path):
+    """Of models with experts, too, whose names peft would take for those of older versions."""
+    pytest.importorskip("peft")
+    before = pruned_model("deepseek_v3")
+    model, _, _ = trained(tmp_path, copy.deepcopy(before), lora_rank=2, lora_targets="shared_experts.up_proj$")
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))]
+    assert changed == ["model.layers.1.mlp.shared_experts.up_proj.weight"]
 
 
 def test_adapters_are_merged_back_under_the_mask(tmp_path):
