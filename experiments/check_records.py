@@ -17,6 +17,7 @@ from dass.errors import DassError, one_line, told
 from dass.fingerprint import BASELINE, Fingerprint, hashed
 from dass.manifests import FOLDER, read_manifests
 from dass.pruning import NUMERICS
+from dass.record_schema import Machine, Record
 from dass.records import PACKAGES, RECORD_KEYS, paths_in, read_record
 from dass.soundness import require_sound
 from dass.terminal import printing
@@ -34,10 +35,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 VERSIONS = {"python", *PACKAGES}
 FIRST = {"lm-eval"}  # which our first records did not tell
 KEYS: dict[str, set[str]] = {  # parts in which nothing else may stand: another key may tell whose machine it was
-    "": {*RECORD_KEYS, "calibration", "experts", "training", "diagnostics"},
+    "": {*RECORD_KEYS, *Record.model_fields, "calibration", "experts"},
     "git": {"commit", "dirty"},
     "versions": VERSIONS,
-    "machine": {"platform", "cpu", "threads", "memory_gb", "device", "gpu"},
+    "machine": {*Machine.model_fields, "platform", "device"},
 }
 ONLY = ["targets"]  # in which an MLP-only result differs from one of all linear layers that bounds it
 PUBLISHED = CONF.parent / "results" / "published"

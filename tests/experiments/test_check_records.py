@@ -21,7 +21,9 @@ from experiments.check_records import PUBLISHED, check_folder, faults_of, main
 from experiments.resolve import check
 from report.rows import read_published
 from report.runs import Pattern
-from tests.experiments.test_prune import ROOT
+from tests.experiments import test_prune
+from tests.experiments.test_prune import ROOT, setting  # noqa: F401  (a fixture)
+from tests.experiments.test_training import TRAINED
 
 RUNS = ROOT / "results" / "runs"
 MANIFEST = RUNS / "manifests" / "reproduce-small.json"
@@ -74,6 +76,16 @@ def paper(perplexity: float, *overrides: str) -> dict[str, Any]:
 def test_what_is_committed_is_good(name: str) -> None:
     for run in read_manifest(MANIFEST.with_name(f"{name}-small.json")).runs:
         assert faults_of(RUNS / f"{run.fingerprint}.json", read_published(PUBLISHED)) == []
+
+
+@pytest.mark.parametrize(
+    "given", [["method=dense"], ["method=sparsegpt"], TRAINED, ["method=compare", "evaluation=none"]]
+)
+def test_what_a_run_leaves_today_is_good(setting: list[str], tmp_path: Path, given: list[str]) -> None:  # noqa: F811
+    test_prune.run(*setting, *given)
+    (record,) = test_prune.records(tmp_path)
+    record["machine"]["processes"] = 2  # as several leave it
+    assert faults(tmp_path / "checked", record) == ""
 
 
 @pytest.mark.slow
