@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from dass.errors import Answers, DassError, finite, require_all, require_finite
-from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
+from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection
 from dass.pruning.criteria import CRITERIA
-from dass.pruning.masks import NM, Mask, keep_most_important, require_divisible, select_mask
+from dass.pruning.masks import Mask, keep_most_important, require_divisible, select_mask
 from dass.pruning.method import Method
 from dass.pruning.mlp import reconstructed
-from dass.pruning.order import ORDERS, Neurons, heads_of, move, reorder, seeded
 from dass.pruning.outputs import Outputs
 from dass.pruning.products import extent_of
+from dass.pruning.reordering import put_in_order
 from dass.pruning.statistics import Statistics, Streams
 from dass.pruning.update import UPDATES, Choose, Rows, require_obeyed
 
@@ -133,11 +133,8 @@ class BlockPruner:
         by_input: dict[str, list[Projection]] = {}
         for p in self.projections(block):
             by_input.setdefault(p.reads, []).append(p)
-        orders: dict[str, Tensor] = {}
-        for unit in block.units if self.method.order != "released" else ():
-            permutation = self._reorder(block, unit, streams)
-            orders |= {p.name: permutation for p in unit.projections.values()}
-        orders |= self._reorder_heads(block, streams)
+        scores = partial(self.scores, block, streams=streams)
+        orders = put_in_order(block, self.method, self.projections(block), streams, scores)
         before: Answers = []
         after: Answers = []
         chosen = []
@@ -160,53 +157,6 @@ class BlockPruner:
         require_finite(found, f"The importance scores of {p.name}", answers)
         require_all(answers)
         return found
-
-    def _reorder(self, block: Block, unit: Unit, streams: Streams) -> Tensor:
-        """Put the neurons of an MLP in the method's order, with what is known of them; the permutation, `(f,)`."""
-        method, seen = self.method, streams.get(unit.intermediate)
-        count = unit.projections["down"].weight.shape[1]
-
-        def scores() -> Tensor:
-            own = [p for p in self.projections(block) if block.unit_of(p) is unit]
-            lines = [self._lines(block, p, streams) for p in own]
-            return torch.cat([torch.empty(0, count, device=own[0].weight.device), *lines]) if own else torch.empty(0)
-
-        norm = seen.norm if seen else lambda: torch.empty(0)
-        neurons = Neurons(count, method.pattern, seeded(method.order_seed, unit.name), norm, scores)
-        permutation: Tensor = ORDERS.find(method.order).function(neurons)
-        reorder(block, unit, permutation)
-        if seen:
-            seen.reorder(permutation)
-        return permutation
-
-    def _reorder_heads(self, block: Block, streams: Streams) -> dict[str, Tensor]:
-        """Put what each head of v writes, and o reads, in a matched order; the permutations by projection."""
-        method, chosen = self.method, {p.role: p for p in self.projections(block)}
-        if method.order != "matched" or not isinstance(method.pattern, NM) or not {"v", "o"} <= set(chosen):
-            return {}
-        v, o, norm = chosen["v"], chosen["o"], streams[chosen["o"].reads].norm()
-        lines = {role: self._lines(block, chosen[role], streams) for role in "vo"}
-        at = {role: torch.arange(lines[role].shape[1]) for role in "vo"}
-        for rows, columns in heads_of(block, method.pattern.m):
-            own = [lines["v"][:, rows], *(lines["o"][:, one] for one in columns)]
-            seed = seeded(method.order_seed, f"{v.name} {rows[0]}")
-            together = partial(torch.Tensor.sum, norm[columns], 0)
-            neurons = Neurons(len(rows), method.pattern, seed, together, partial(torch.cat, own))
-            found = ORDERS.find(method.order).function(neurons)
-            at["v"][rows], at["o"][columns] = rows[found], columns[:, found]
-        move(v, at["v"])
-        move(o, at["o"])
-        streams[o.reads].reorder(at["o"])
-        return {v.name: at["v"], o.name: at["o"]}
-
-    def _lines(self, block: Block, p: Projection, streams: Streams) -> Tensor:
-        """The scores of a projection in which weights of several neurons compete, `(lines, neurons)`; perhaps none."""
-        reads_them = p.role in ("down", "o")
-        axis = self.method.axis_for(p.role)
-        if axis != "both" and (axis == "out") == reads_them:
-            return p.weight.new_empty(0, p.weight.shape[1 if reads_them else 0], dtype=torch.float32)
-        found = self.scores(block, p, streams)
-        return found if reads_them else found.T
 
     def _mask(self, p: Projection, statistics: Statistics, answers: Answers) -> Mask | None:
         """Which weights of a projection are kept; None where the update is to choose."""
