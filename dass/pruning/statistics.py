@@ -36,17 +36,20 @@ class InputStream:
         self.n_tokens = 0
         self.n_sequences = 0
         """Of the calibration so far, whether or not any of their tokens came by; its caller counts them."""
-        self._sums: list[tuple[int, Tensor]] = []  # behind so many sequences and a batch: a number, or none from now on
+        # in one place: a tensor kept from each batch would split the memory that the next one's activations need
+        self._finite = torch.zeros((), dtype=torch.int64, device=device)  # batches until sums are no numbers, for good
+        self._starts: list[int] = []  # how many sequences came before each batch
 
     def add(self, x: Tensor) -> None:
         """Add activations `(..., features)`."""
         self._add(x)
-        self._sums.append((self.n_sequences, self._squares().sum()))
+        self._finite += self._squares().sum().isfinite()
+        self._starts.append(self.n_sequences)
 
     def since(self) -> str:
         """Since which batch of the calibration these are no numbers, in words; the host waits for the device."""
-        first = next((sequences for sequences, total in self._sums if not total.isfinite()), None)
-        return "" if first is None else f" since the batch that begins with calibration sequence {first}"
+        bad = self._starts[int(self._finite) :]
+        return f" since the batch that begins with calibration sequence {bad[0]}" if bad else ""
 
     def _add(self, x: Tensor) -> None:
         self.n_tokens += x.shape[:-1].numel()
