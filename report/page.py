@@ -126,6 +126,16 @@ def draws(view: View, method: str, pattern: str, than: str = "wanda") -> list[fl
     return [float(np.mean(run.losses) - np.mean(others[run.replicate].losses)) for run in own]
 
 
+def released(view: View, method: str, pattern: str) -> Difference:
+    """The paired difference to Wanda in the order in which the model was released, whose error is that of windows."""
+    found = paired_difference(
+        *([run for run in view.cell(name, pattern).runs if run.order_seed is None] for name in (method, "wanda"))
+    )
+    if found is None:
+        raise DassError(f"The page asks for {method} at {pattern} in the released order, in which it was not run.")
+    return found
+
+
 def verdict(*differences: Difference) -> str:
     """Whether it holds that the first is better: of differences that agree. DassError where they do not."""
     verdicts = {VERDICTS[int(np.sign(one.mean)) if one.counts else 0] for one in differences}
@@ -174,7 +184,7 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
     functions: list[Callable[..., Any]] = [page.view, page.minutes, page.machines, page.block_mean, page.blocks]
-    functions += [compare, moved, draws, verdict, require, bold_best]
+    functions += [compare, moved, draws, released, verdict, require, bold_best]
     with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})
