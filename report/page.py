@@ -18,6 +18,7 @@ from dass.errors import DassError, told
 from dass.manifests import Manifest
 from report.diagnostics import diagnostics_frame
 from report.grid import marked, number
+from report.orders import gain, order_frame
 from report.predictors import Measured, blocks_frame, correlation
 from report.reading import planned_runs
 from report.runs import Run
@@ -136,6 +137,15 @@ def released(view: View, method: str, pattern: str) -> Difference:
     return found
 
 
+def gained(view: View, order: str, method: str, pattern: str, **options: Any) -> Difference:
+    """What a chosen order of the neurons changes beside the mean over the random ones, see `report.orders.gain`."""
+    row = find(order_frame(view.cells), pattern, method, options)
+    found = None if row is None else gain(row, order)
+    if found is None:
+        raise DassError(f"The page asks what order={order} changes for {method} at {pattern}, which was not run.")
+    return found
+
+
 def verdict(*differences: Difference) -> str:
     """Whether it holds that the first is better: of differences that agree. DassError where they do not."""
     verdicts = {VERDICTS[int(np.sign(one.mean)) if one.counts else 0] for one in differences}
@@ -184,7 +194,7 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
     functions: list[Callable[..., Any]] = [page.view, page.minutes, page.machines, page.block_mean, page.blocks]
-    functions += [compare, moved, draws, released, verdict, require, bold_best]
+    functions += [compare, moved, draws, released, gained, verdict, require, bold_best]
     with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dass.errors import DassError
 from report.kinds import KINDS
 from report.orders import gain, order_frame, variances
+from report.page import View, gained, released
 from report.reading import runs_of
 from report.tables import cells_of, find, paired_difference
 from tests.report.records import identify, losses, make_record
@@ -147,3 +149,18 @@ def test_a_chosen_order_that_is_one_more_random_one_seldom_counts():
         ]
         told += gain(next(order_frame(cells_of(runs_of(runs))).itertuples()), "spread").counts
     assert told / 200 < 0.09
+
+
+def test_a_page_asks_for_one_order_alone_and_for_what_a_chosen_one_gains():
+    view = View(cells_of(runs_of(list(all_orders()))))
+    found = released(view, "dass", "2:4")
+    assert found.mean == pytest.approx((0.30 + 0.31 + 0.24 - 0.30 - 0.37 - 0.33) / 3)  # of three calibration sets
+    row = next(order_frame(view.cells).itertuples())
+    assert gained(view, "spread", "wanda", "2:4") == gain(row, "spread")
+    with pytest.raises(DassError, match="order=matched changes for dass at 2:4, which was not run"):
+        gained(view, "matched", "dass", "2:4", alpha=1.0)
+    with pytest.raises(DassError, match="asks what order=spread changes for magnitude"):
+        gained(view, "spread", "magnitude", "2:4")
+    alone = [in_order("r", "dass", 0.3, "random", 0), in_order("w", "wanda", 0.3)]
+    with pytest.raises(DassError, match="dass at 2:4 in the released order, in which it was not run"):
+        released(View(cells_of(runs_of(alone))), "dass", "2:4")
