@@ -76,24 +76,25 @@ def matched(neurons: Neurons) -> Tensor:
 
     A group without one member keeps t, its N-th largest, in each line; with x in that place it keeps max(x - t, 0)
     more. So the best places for the members that were taken out are an assignment problem, which never loses (RIA,
-    ICLR 2024, does so for columns), and sum max(x - t, 0) = (sum |x - t| + sum x - sum t) / 2 is a distance.
+    ICLR 2024, does so for columns).
     """
     pattern, found = neurons.nm, spread(neurons)
     scores = neurons.scores()
     if pattern.n == pattern.m or not len(scores):
         return found
     groups = found.view(-1, pattern.m)  # (groups, M)
-    everyone = torch.arange(len(groups))
+    everyone, most = torch.arange(len(groups)), kept(scores, groups, pattern)
     for _ in range(ROUNDS):
         out = torch.randint(pattern.m, (len(groups),), generator=neurons.generator)
         rest = groups[torch.arange(pattern.m) != out[:, None]].view(-1, pattern.m - 1)
-        t = scores[:, rest.to(scores.device)].topk(pattern.n, dim=2).values[..., -1]  # (lines, groups)
-        x = scores[:, groups[everyone, out].to(scores.device)]  # (lines, groups)
-        gain = (torch.cdist(x.T, t.T, p=1) + x.sum(0)[:, None] - t.sum(0)) / 2
+        t = scores[:, rest.to(scores.device)].topk(pattern.n, dim=2).values[..., -1].T.contiguous()  # (groups, lines)
+        x = scores[:, groups[everyone, out].to(scores.device)].T.contiguous()  # (groups, lines)
+        gain = torch.stack([(one - t).relu_().sum(1) for one in x])  # cdist takes four times as long on a CPU
         place = torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
         better = groups.clone()
         better[place, out[place]] = groups[everyone, out]
-        groups = better if kept(scores, better, pattern) > kept(scores, groups, pattern) else groups
+        if (now := kept(scores, better, pattern)) > most:
+            groups, most = better, now
     return groups.reshape(-1)
 
 
