@@ -28,6 +28,7 @@ from dass.evaluation.zero_shot import hub_items
 from dass.memory import note_halved
 from dass.models import load_model, load_tokenizer, model_folder, resolve_dtype
 from dass.pruning.comparison import diagnostics
+from dass.pruning.method import Method
 from dass.records import (
     code_sha256,
     git_state,
@@ -81,7 +82,7 @@ def main(config: DictConfig) -> str | None:
 
 
 def dry_run(plan: Plan) -> str:
-    """A run in one line: its identity, what it is, and what it would load.
+    """A run in one line: its identity, what it is, what it would do, and what it would load.
 
     Where the identity hangs on a model that is not there (its dtype, its trained weights), the line says so.
     """
@@ -89,7 +90,14 @@ def dry_run(plan: Plan) -> str:
         run_id = plan.run_id
     except DassError as error:
         run_id = f"(identity not known yet: {error})"
-    return f"{run_id} {label_of(plan)}: {'; '.join(loads(plan))}"
+    methods = dict.fromkeys(in_words(pruner.method) for pruner in plan.pruners.values())
+    return f"{run_id} {label_of(plan)}: {'; '.join([*methods, *loads(plan)])}"
+
+
+def in_words(method: Method) -> str:
+    """What the name of a method leaves open."""
+    settings = dict(method.parameters) | ({"order_seed": method.order_seed} if method.order != "released" else {})
+    return ", ".join([f"update {method.update}", *(f"{name}={value}" for name, value in settings.items())])
 
 
 def label_of(plan: Plan) -> str:

@@ -58,6 +58,7 @@ def report(config: ReportConfig) -> None:
 
     Raises DassError where there is no record, no manifest or no such kind of report; nothing is then overwritten.
     """
+    named = read_manifest(Path(config.manifest)) if config.manifest else None
     beside = Path(config.manifest).parent.parent if config.manifest else Path("results/runs")
     folder = Path(config.records) if config.records else beside
     runs = runs_of(read_records(folder))
@@ -69,10 +70,11 @@ def report(config: ReportConfig) -> None:
     elif config.site is not None:
         whole = [one for one in read_manifests(folder) if one.name == f"{one.experiment}-{one.scale}"]
         print(write_site(Path(config.site), runs, whole, read_published(Path(config.published))))
-    elif config.experiment is None and config.manifest is None:
+    elif config.experiment is None and named is None:
         _report_folder(config, folder, runs)
     else:
-        without = [one.name for one in _manifests(config, folder) if not _report_sweep(config, one, runs)]
+        chosen = [named] if named else _manifests(config, folder)
+        without = [one.name for one in chosen if not _report_sweep(config, one, runs)]
         if without:
             raise DassError(f"No run of {', '.join(without)} has a result in {folder}: launch the sweep first.")
 
@@ -83,9 +85,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _manifests(config: ReportConfig, folder: Path) -> list[Manifest]:
-    """Those that the settings name."""
-    if config.manifest is not None:
-        return [read_manifest(Path(config.manifest))]
+    """Those of the experiment and the scale that the settings name."""
     whole = [m for m in read_manifests(folder) if m.name == f"{m.experiment}-{config.scale}"]
     chosen = [manifest for manifest in whole if config.experiment in ("all", manifest.experiment)]
     if not chosen:

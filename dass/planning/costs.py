@@ -124,10 +124,9 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
             elif hessian is not None:  # sums of squares
                 statistics.add(2 * tokens * n, tokens * n * work.bytes_each)
                 of_block += copies * n * FP32
-            if hessian and sizes:  # Cholesky, n^3 / 3, and a solve whose blocks of columns leave out what lies below
-                solve = sum(
-                    min(INVERSE_BLOCK, n - i) * min(i + INVERSE_BLOCK, n) ** 2 for i in range(0, n, INVERSE_BLOCK)
-                )
+            if hessian and sizes:  # Cholesky, n^3 / 3; each block of columns: a solve, and two products above it
+                widths = [(i, min(INVERSE_BLOCK, n - i)) for i in range(0, n, INVERSE_BLOCK)]
+                solve = sum(b * (b**2 + 2 * i * b + i * (i + INVERSE_BLOCK)) for i, b in widths)
                 # H, and two of: damped, L, reversed, what the solve copies of it
                 factorisation.add(copies * (n**3 / 3 + solve), peak_bytes=3 * n**2 * FP32)
             if sweeps and sizes:  # each column corrects those behind it, in blocks of `LAZY` columns

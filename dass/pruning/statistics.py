@@ -15,7 +15,7 @@ from dass.distributed import all_reduce, everyone
 from dass.errors import DassError, finite, require_finite
 
 HESSIAN_BLOCK = 256  # features; smaller blocks save more of the product's lower half, larger ones multiply faster
-INVERSE_BLOCK = 1024  # columns of a factor that are solved for at once; what lies below them is zero and left out
+INVERSE_BLOCK = 1024  # rows and columns of a factor that are inverted at once
 DAMPING_ATTEMPTS = 4  # 1 %, 10 %, 100 % and 1000 % of the mean diagonal
 
 
@@ -223,9 +223,13 @@ def damped_inverse(hessian: Tensor, damping: float, name: str) -> DampedInverse:
 
 
 def _invert_upper_(root: Tensor) -> None:
-    """R^-1 in the place of an upper triangular R: its last columns first, which the others do not need."""
-    for start in reversed(range(0, len(root), INVERSE_BLOCK)):
-        stop = min(start + INVERSE_BLOCK, len(root))
-        identity = root.new_zeros(stop, stop - start)
-        identity.diagonal(-start).fill_(1)
-        root[:stop, start:stop] = torch.linalg.solve_triangular(root[:stop, :stop], identity, upper=True)
+    """R^-1 in the place of an upper triangular R, by blocks of columns: -A^-1 B D^-1 above the inverse of D."""
+    for start in range(0, len(root), INVERSE_BLOCK):
+        at = slice(start, min(start + INVERSE_BLOCK, len(root)))
+        identity = torch.eye(at.stop - start, dtype=root.dtype, device=root.device)
+        inverse = torch.linalg.solve_triangular(root[at, at], identity, upper=True)
+        above = root[:start, at] @ inverse.neg_()
+        for row in range(0, start, INVERSE_BLOCK):  # A^-1 has no entries left of its diagonal
+            rows = root[row : row + INVERSE_BLOCK]
+            torch.mm(rows[:, row:start], above[row:], out=rows[:, at])
+        root[at, at] = inverse.neg_()

@@ -174,7 +174,9 @@ def test_a_dry_run_prints_every_run_and_loads_nothing(tmp_path):
     assert len(lines) == 1 + 4 + 4 * 3
     assert len({line.split()[0] for line in lines}) == len(lines)
     assert sum("meta-llama/Llama-2-70b-hf @ 3aba440b" in line for line in lines) == 1 + 4 + 4 * 3
-    assert any("llama2_70b dass 4:8: model" in line and "128 x 2048 tokens" in line for line in lines)
+    assert any(
+        "llama2_70b dass 4:8: update none, alpha=0.5; model" in line and "128 x 2048 tokens" in line for line in lines
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,7 +187,7 @@ def test_runs_without_a_setting_that_is_given_are_left_out(tmp_path):
         done.stderr
     )
     lines = [line for line in done.stdout.splitlines() if re.match(r"[0-9a-f]{16} ", line)]
-    assert lines and all("dass 2:4 matched" in line for line in lines)
+    assert lines and all("dass 2:4 matched: update swap, " in line for line in lines)
     nowhere = ["model=qwen25_coder_05b", "sparsity=unstructured", "method=wanda"]
     done = command("experiment=table_repair", *nowhere, "dry_run=true", "device=cpu")
     assert done.returncode == 1 and "error: No run of the experiment has all of" in done.stderr

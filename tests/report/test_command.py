@@ -122,6 +122,11 @@ def test_an_experiment_without_a_manifest_is_one_sentence_that_says_what_there_i
         report(example)
 
 
+def test_a_manifest_that_is_not_there_is_what_the_sentence_says(tmp_path: Path) -> None:
+    with pytest.raises(DassError, match=r"absent\.json is not a readable manifest"):
+        report(ReportConfig(manifest=str(tmp_path / "runs" / "manifests" / "absent.json")))
+
+
 def test_a_stranger_adds_a_kind_of_report(example: ReportConfig) -> None:
     @kind
     def counted(material: Material) -> Report:
