@@ -83,7 +83,7 @@ def recipes_of(config: TrainTinyConfig) -> list[Recipe]:
     for seed in config.seeds:
         recipes += [replace(config.recipe, activation=name, seed=seed) for name in config.gates]
         recipes += [replace(config.recipe, activation=name, gate=False, seed=seed) for name in config.no_gates]
-        width = 3 * config.recipe.intermediate_size // 8  # 18 million parameters by default
+        width = config.recipe.intermediate_size // 4  # 15 million parameters by default
         recipes += [replace(config.recipe, experts=n, intermediate_size=width, seed=seed) for n in config.experts]
     if not recipes:
         raise DassError("There is nothing to train: give one of `gates`, `no_gates` or `experts`, and one of `seeds`.")

@@ -32,7 +32,7 @@ BALANCE = 0.02  # weight of the loss that keeps a router from sending all tokens
 
 @dataclass  # not frozen: OmegaConf would refuse `model.trained.seed=1`
 class Recipe:
-    """What determines a model, up to rounding; it may stand in a config. The defaults are 1.8 epochs."""
+    """What determines a model, up to rounding; it may stand in a config. The defaults are 1.5 epochs."""
 
     activation: str = "silu"
     """By transformers' names (silu, gelu, relu, relu2, relu6, linear: none, ...) or torch.nn.functional's."""
@@ -44,16 +44,18 @@ class Recipe:
     """Of the initial weights and of the batches."""
     vocab_size: int = 4096
     hidden_size: int = 256
-    intermediate_size: int = 1024
+    intermediate_size: int = 1536
     """Of one MLP with a gate; without a gate half as many more, so that it has as many weights."""
     layers: int = 6
     heads: int = 2
+    head_size: int = 16
+    """Of queries, keys and values: little, since so few tokens teach attention little, and MLPs are what is pruned."""
     seq_len: int = 256
     """Tokens of a training sequence: as long as the windows of the evaluation, since positions do not extrapolate."""
     batch: int = 12
     """Sequences per step: few, since the number of steps is what so little text lacks."""
-    steps: int = 450
-    warmup: int = 45
+    steps: int = 380
+    warmup: int = 38
     """Steps in which the learning rate rises to its peak; then it falls to 0 along a cosine."""
     matrix_learning_rate: float = 6e-3
     """Of Muon, for the matrices of the blocks."""
@@ -72,6 +74,7 @@ class Recipe:
             ("experts", self.experts == 0 or (self.experts > ACTIVE_EXPERTS and self.gate), "0, or 3 or more, gated"),
             *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
             ("vocab_size", self.vocab_size >= 257, f"at least 257: all bytes and {BOUNDARY}"),
+            ("head_size", self.head_size >= 2 and self.head_size % 2 == 0, "even (rotations), and at least 2"),
             ("seq_len", self.seq_len >= 2, "at least 2: the first token is not predicted"),
             ("warmup", 0 <= self.warmup <= self.steps, f"between 0 and steps={self.steps}"),
             *((name, 0 < getattr(self, name) < math.inf, "a finite number above 0") for name in scales),
@@ -79,8 +82,6 @@ class Recipe:
         for name, fits, what in wanted:
             if not fits:
                 raise DassError(f"{name}={getattr(self, name)} must be {what}.")
-        if self.hidden_size % (2 * self.heads):
-            raise DassError(f"hidden_size={self.hidden_size} must be a multiple of 2 x heads={self.heads} (rotations).")
 
     @property
     def name(self) -> str:
@@ -158,11 +159,12 @@ def initial_model(recipe: Recipe) -> PreTrainedModel:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
+        head_dim=recipe.head_size,
         max_position_embeddings=recipe.seq_len,
         rms_norm_eps=1e-5,
         sliding_window=None,
         initializer_range=recipe.initial_std,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -350,7 +350,7 @@ def test_every_field_is_in_the_identity():
     changes = asdict(
         Recipe(
             activation="relu", gate=False, seed=1, vocab_size=400, hidden_size=96, intermediate_size=96, layers=2,
-            heads=8, seq_len=64, batch=5, steps=99, warmup=9, learning_rate=1e-3, matrix_learning_rate=1e-2,
+            heads=8, head_size=8, seq_len=64, batch=5, steps=99, warmup=9, learning_rate=1e-3, matrix_learning_rate=1e-2,
             initial_std=0.05,
         )
     ) | {"experts": 8}  # fmt: skip
@@ -374,7 +374,7 @@ def test_every_field_is_in_the_identity():
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"vocab_size": 256}, "vocab_size=256 must be at least 257"),
         ({"seq_len": 1}, "seq_len=1 must be at least 2"),
-        ({"heads": 16}, "hidden_size=16 must be a multiple of 2 x heads=16"),
+        ({"head_size": 7}, "head_size=7 must be even"),
         ({"warmup": 9}, "warmup=9 must be between 0 and steps=8"),
         ({"learning_rate": math.nan}, "learning_rate=nan must be a finite number above 0"),
         ({"matrix_learning_rate": -1.0}, "matrix_learning_rate=-1.0 must be a finite number above 0"),
