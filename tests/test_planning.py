@@ -185,7 +185,7 @@ def test_operations_of_statistics_and_sweep(targets):
 def test_operations_of_the_factorisation():
     model = tiny_model(num_hidden_layers=1)
     stage = stages_of(model, sparsegpt(), work_on(random_tokens()))["factorisation"]
-    # H = L L^T costs n^3 / 3; each of n columns of the inverse costs n^2 operations
+    # H = L L^T costs n^3 / 3; each of n columns of the inverse costs n^2 operations, where one block holds them
     assert stage.flops == pytest.approx(sum(n**3 / 3 + n * n**2 for n in (32, 64)))
     wide = stages_of(tiny_model(num_hidden_layers=1, intermediate_size=2048), sparsegpt(), work_on(random_tokens()))
     # two triangles of 1024 columns; what is between them is multiplied by both of their inverses

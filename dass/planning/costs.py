@@ -127,7 +127,7 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
             if hessian and sizes:  # Cholesky, n^3 / 3; each block of columns: a solve, and two products above it
                 widths = [(i, min(INVERSE_BLOCK, n - i)) for i in range(0, n, INVERSE_BLOCK)]
                 solve = sum(b * (b**2 + 2 * i * b + i * (i + INVERSE_BLOCK)) for i, b in widths)
-                # H, and two of: damped, L, reversed, what the solve copies of it
+                # H, and two of: damped, L, reversed
                 factorisation.add(copies * (n**3 / 3 + solve), peak_bytes=3 * n**2 * FP32)
             if sweeps and sizes:  # each column corrects those behind it, in blocks of `LAZY` columns
                 selection.add(

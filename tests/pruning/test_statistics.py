@@ -88,7 +88,7 @@ def test_the_factor_is_that_of_the_damped_inverse():
     assert (inverse.damping, inverse.attempts) == (0.01, 1)
 
 
-def test_a_factor_of_many_columns_is_solved_for_in_blocks(monkeypatch):
+def test_a_factor_of_many_columns_is_inverted_in_blocks(monkeypatch):
     monkeypatch.setattr(statistics, "INVERSE_BLOCK", 5)
     test_the_factor_is_that_of_the_damped_inverse()
 
