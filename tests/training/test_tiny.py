@@ -350,8 +350,8 @@ def test_every_field_is_in_the_identity():
     changes = asdict(
         Recipe(
             activation="relu", gate=False, seed=1, vocab_size=400, hidden_size=96, intermediate_size=96, layers=2,
-            heads=8, head_size=8, seq_len=64, batch=5, steps=99, warmup=9, learning_rate=1e-3, matrix_learning_rate=1e-2,
-            initial_std=0.05,
+            heads=8, head_size=8, seq_len=64, batch=5, steps=99, warmup=9, learning_rate=1e-3,
+            matrix_learning_rate=1e-2, initial_std=0.05,
         )
     ) | {"experts": 8}  # fmt: skip
     folders = {tiny.model_folder(replace(Recipe(), **{name: value})) for name, value in changes.items()}
