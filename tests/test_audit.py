@@ -139,6 +139,25 @@ def test_a_checkpoint_of_another_tool(tmp_path, capsys):
     assert "0.5000 of the targeted weights" in out and "bytes on disk" in out
 
 
+def test_a_layout_given_in_words_is_audited_by_its_roles(tmp_path, capsys):
+    """Here up and gate change places, which nobody could guess."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    swapped = r"{gate: up_proj, up: gate_proj, down: 'mlp\.down_proj$'}"
+    run_plain(command.main, command.AuditConfig, ("model",), [f"model={tmp_path / 'model'}", f"projections={swapped}"])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if ".mlp." in line]
+    roles = {line[1].strip().rpartition(".")[2]: line[2].strip() for line in lines}
+    assert roles == {"up_proj": "gate", "gate_proj": "up", "down_proj": "down"}
+
+
+@pytest.mark.parametrize("words", ["gate", "{gate: 1}", "[a]", "{a", "{up: x, down: y}"])
+def test_a_layout_in_words_that_is_none(tmp_path, capsys, words):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        command_line = [f"model={tmp_path / 'model'}", f"projections={words}"]
+        run_plain(command.main, command.AuditConfig, ("model",), command_line)
+    assert re.fullmatch(r"error: .*projections.*\n", capsys.readouterr().err)
+
+
 def test_linear_layers_that_are_no_projections_count_as_well(tmp_path, capsys):
     """DeepSeek's attention has no q, k, v: another tool has pruned it all the same, and it is part of every bound."""
     model = tiny_model("deepseek_v3", kv_lora_rank=16, q_lora_rank=16).bfloat16()
