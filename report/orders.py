@@ -113,22 +113,31 @@ def variances(by_order: np.ndarray, by_draw: np.ndarray) -> dict[str, tuple[floa
     return found | {"windows": (float(windows.var(ddof=1)) / len(windows), len(windows))}
 
 
+def sources(cell: Any, wanda: Any) -> dict[str, tuple[float, int]]:
+    """The `variances` of the difference of two rows of `order_frame`; none where they share no random order."""
+    by_order, by_draw = (_paired(getattr(cell, name), getattr(wanda, name)) for name in (RANDOM, "draws"))
+    return variances(by_order, by_draw) if len(by_order) else {}
+
+
+def shares(parts: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """What each source gives to the sum of the variances that are known; NaN where it is not."""
+    total = sum(value for value, _ in parts.values() if not math.isnan(value))
+    return {name: value / total for name, (value, _) in parts.items()}
+
+
 def variance_grid(frame: pd.DataFrame) -> Grid:
     """One model: where the variance of a method's difference to Wanda comes from."""
     rows, behind = [], []
     for pattern, own in frame.groupby("pattern"):
-        wanda = next((cell for cell in own.itertuples() if cell.is_reference), None)
+        wanda: Any = next((cell for cell in own.itertuples() if cell.is_reference), None)
         for cell in own.itertuples():
-            by_order, by_draw = (_paired(getattr(cell, name), getattr(wanda, name, [])) for name in (RANDOM, "draws"))
-            if cell.is_reference or len(by_order) == 0:
+            if wanda is None or cell.is_reference or not (parts := sources(cell, wanda)):
                 continue
-            parts = variances(by_order, by_draw)
-            total = sum(value for value, _ in parts.values() if not math.isnan(value))
             row = {"Pattern": str(pattern), "Method": cell.label}
-            row["Δ loss to Wanda"] = number(float(by_order.mean()), "+.4f")
+            row["Δ loss to Wanda"] = number(float(_paired(cell.random, wanda.random).mean()), "+.4f")
             for name, (value, n) in parts.items():
                 row[f"sd, {name}"] = f"{number(math.sqrt(value), '.4f')} ({n})" if not math.isnan(value) else MISSING
-            row |= {f"Share, {name}": number(value / total, ".0%") for name, (value, _) in parts.items()}
+            row |= {f"Share, {name}": number(share, ".0%") for name, share in shares(parts).items()}
             rows.append(row)
             behind.append([*chain(*(getattr(one, name) for one in (cell, wanda) for name in (RANDOM, "draws")))])
     title = f"Where the variance of a difference to Wanda comes from, {frame.facts.iloc[0]['model']}"

@@ -18,7 +18,7 @@ from dass.errors import DassError, told
 from dass.manifests import Manifest
 from report.diagnostics import diagnostics_frame
 from report.grid import marked, number
-from report.orders import gain, order_frame
+from report.orders import gain, order_frame, shares, sources
 from report.predictors import Measured, blocks_frame, correlation
 from report.reading import planned_runs
 from report.runs import Run
@@ -146,6 +146,16 @@ def gained(view: View, order: str, method: str, pattern: str, **options: Any) ->
     return found
 
 
+def varied(view: View, method: str, pattern: str, **options: Any) -> dict[str, float]:
+    """The share of order, calibration and windows in the variance of a difference to Wanda, see `report.orders`."""
+    frame = order_frame(view.cells)
+    row, wanda = find(frame, pattern, method, options), find(frame, pattern, "wanda", {})
+    found = {} if row is None or wanda is None else shares(sources(row, wanda))
+    if not found:
+        raise DassError(f"The page asks what the variance of {method} at {pattern} is made of, which was not run.")
+    return found
+
+
 def verdict(*differences: Difference) -> str:
     """Whether it holds that the first is better: of differences that agree. DassError where they do not."""
     verdicts = {VERDICTS[int(np.sign(one.mean)) if one.counts else 0] for one in differences}
@@ -194,7 +204,7 @@ def render_page(template: Path, runs: list[Run], manifests: list[Manifest]) -> s
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
     functions: list[Callable[..., Any]] = [page.view, page.minutes, page.machines, page.block_mean, page.blocks]
-    functions += [compare, moved, draws, released, gained, verdict, require, bold_best]
+    functions += [compare, moved, draws, released, gained, varied, verdict, require, bold_best]
     with told(f"{template} is not a template that can be filled", "correct it", Exception):  # it holds expressions
         parsed = environment.from_string(template.read_text(encoding="utf-8"))
         text = parsed.render({function.__name__: function for function in functions})

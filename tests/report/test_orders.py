@@ -7,7 +7,7 @@ from scipy import stats
 from dass.errors import DassError
 from report.kinds import KINDS
 from report.orders import gain, order_frame, variances
-from report.page import View, gained, released
+from report.page import View, gained, released, varied
 from report.reading import runs_of
 from report.tables import cells_of, find, paired_difference
 from tests.report.records import identify, losses, make_record
@@ -161,6 +161,15 @@ def test_a_page_asks_for_one_order_alone_and_for_what_a_chosen_one_gains():
         gained(view, "matched", "dass", "2:4", alpha=1.0)
     with pytest.raises(DassError, match="asks what order=spread changes for magnitude"):
         gained(view, "spread", "magnitude", "2:4")
+    share = varied(view, "dass", "2:4")
+    assert sum(share.values()) == pytest.approx(1)
+    assert (
+        f"{share['order']:.0%}"
+        == rows_of(KINDS["order"](material(*all_orders())).grids[1], "Share, order")["2:4", "dass"][0]
+    )
+    for method in ("wanda", "magnitude"):
+        with pytest.raises(DassError, match=f"what the variance of {method} at .:. is made of"):
+            varied(view, method, "4:8" if method == "wanda" else "2:4")
     alone = [in_order("r", "dass", 0.3, "random", 0), in_order("w", "wanda", 0.3)]
     with pytest.raises(DassError, match="dass at 2:4 in the released order, in which it was not run"):
         released(View(cells_of(runs_of(alone))), "dass", "2:4")
