@@ -1,6 +1,7 @@
 """What a model's folder holds, by its files and their headers: what cannot be loaded as it stands is told by name."""
 
 import functools
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dass.records import file_sha256, identity_of, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONTENT_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of weights, configuration and tokenizer
-FLOATS = ("F16", "BF16", "F32", "F64")
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 COMPUTED = re.compile(r"(^|[._])(inv_freq|position_ids|causal_mask)$")
 """Buffers that the code computes anew, whatever an old checkpoint holds."""
 CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
@@ -75,6 +76,16 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 f"pruning needs weights in floating point, so dequantise it first."
             )
     return stored
+
+
+def most_stored(folder: Path) -> str | None:
+    """torch's name of the floating-point dtype that most weights of a model folder are stored in; None: of none."""
+    counts = dict.fromkeys(FLOATS, 0)
+    for tensor in stored_tensors(folder).values():
+        if tensor.dtype in FLOATS:
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    most = max(counts, key=lambda dtype: counts[dtype])
+    return FLOATS[most] if counts[most] else None
 
 
 def require_places(model: PreTrainedModel, stored: dict[str, Stored], loading: dict[str, Any], source: str) -> None:

@@ -40,8 +40,8 @@ MEMORY = 300
 """Seconds for which a hub that did not answer is not asked again: in a sweep it costs its time-out once."""
 RESTARTS = 3
 """How often a download may begin anew where the server cannot go on in the middle."""
-BESIDE = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"]
-BESIDE += ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"]
+BESIDE = ["*.json", "*.jinja", "*.model", "tokenizer.model*", "*.txt", "*.md", "*.tiktoken", "*.spm", "*.bpe"]
+BESIDE += ["*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*", "*USE_POLICY*", "*.vocab"]
 """What is fetched of a model beside its weights: neither pickles nor code."""
 SUBFOLDERS = ["[!a]*/*"]
 """What is not: the same model in another format (`original/`, `onnx/`); `additional_chat_templates/` may come."""

@@ -8,12 +8,20 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from dass import hub
 from dass.activations import know_activation
-from dass.checkpoint import require_places, require_weights, stored_tensors
+from dass.checkpoint import most_stored, require_places, require_weights, stored_tensors
 from dass.data.tokens import Tokenizer
 from dass.errors import DassError, finite, first_line, require_finite, told
 
@@ -38,9 +46,16 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, source: str, revision: str | None) -> str:
-    """The name of a dtype in `DTYPES`, or DassError; `auto` is the model's own, and only then it is looked at."""
+    """The name of a dtype in `DTYPES`, or DassError; `auto` is the model's own, and only then it is looked at.
+
+    Where its configuration does not tell, that of most weights in the folder does; of a hub id it is fp32 then.
+    """
     if dtype == "auto":
-        dtype = str(load_config(source, revision).dtype or torch.float32).removeprefix("torch.")
+        said = load_config(source, revision).dtype
+        dtype = str(said or torch.float32).removeprefix("torch.")
+        if said is None and Path(source).is_dir():
+            with contextlib.suppress(DassError):  # weights that cannot be read are told when they are loaded
+                dtype = most_stored(Path(source)) or dtype
     if dtype not in DTYPES:
         raise DassError(f"dtype={dtype} is unknown: choose auto or one of {', '.join(DTYPES)}.", "model.dtype")
     return dtype
@@ -69,6 +84,17 @@ def require_supported(config: Any) -> None:
         raise DassError(f"The blocks of {name} read several streams at once (AltUp): choose a model with one stream.")
     if {"mlp", "moe"} & set(getattr(text, "layer_types", None) or ()):
         raise DassError(f"The blocks of {name} are attention or an MLP, not both: choose a model with both in each.")
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' door to the class of a config: the whole model, where a language model is one part of it.
+
+    Some of these have no entry as causal language models (Mistral 3), or one for the text alone (Llama 4).
+    """
+    causal, whole = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = type(config)
+    is_text = kind in causal and getattr(causal[kind], "config_class", kind) is kind
+    return AutoModelForImageTextToText if kind in whole and not is_text else AutoModelForCausalLM
 
 
 def model_folder(source: str, revision: str | None, weights: bool = True) -> Path:
@@ -114,7 +140,7 @@ def from_folder(
 ) -> tuple[PreTrainedModel, Any]:
     """transformers' own loading, from a folder alone: the model, and what was missing or left over."""
     with _loading(source), _quiet():
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=DTYPES[dtype],

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from dass.errors import DassError, told
-from dass.models import DTYPES, load_config, require_supported
+from dass.models import DTYPES, auto_class, load_config, require_supported
 from dass.pruning.blocks import Block
 from dass.pruning.layout import find_blocks
 from dass.pruning.observe import statistics_bytes
@@ -50,7 +49,7 @@ def memory_needed(
     require_supported(config)
     advice = "correct its entries"
     with told(f"The config.json of {source} makes no causal language model", advice, Exception), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        empty = auto_class(config).from_config(config, trust_remote_code=False)
     size, whole = DTYPES[dtype].itemsize, sum(p.numel() for p in empty.parameters())
     try:
         blocks = find_blocks(empty, projections)

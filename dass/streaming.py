@@ -20,12 +20,12 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dass.checkpoint import Stored, require_places, require_weights, stored_tensors
 from dass.errors import require_finite
 from dass.experts import Apart, found_apart
-from dass.models import from_folder, load_config, model_folder, require_supported
+from dass.models import auto_class, from_folder, load_config, model_folder, require_supported
 from dass.pruning.blocks import Block
 from dass.pruning.layout import find_blocks
 from dass.pruning.stacks import Stack
@@ -249,7 +249,7 @@ def load_streamed(
     require_supported(config)
     stored = stored_tensors(place)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        empty = auto_class(config).from_config(config, trust_remote_code=False)
     blocks = find_blocks(empty, projections)
     device_map = dict(_places(empty, "", {block.name for block in blocks}, str(device)))
     experts = {name for block in blocks for name in block.experts} if by_expert else set()

@@ -81,7 +81,7 @@ def check_folder(folder: Path) -> bool:
     faults = {path.stem: faults_of(path, published) for path in paths}
     sound = [read_record(path) for path in paths if not faults[path.stem]]
     for strange in {record["id"] for record in sound} - {run.id for run in runs_of(sound)}:
-        faults[strange] = ["it has more or fewer windows or items than most of its evaluation"]
+        faults[strange] = ["it has more or fewer windows or items than most of its model and evaluation"]
     manifests = {f"{FOLDER}/{one.name}": private_in(asdict(one)) for one in read_manifests(folder)}
     for name, found in (faults | {name: found for name, found in manifests.items() if found}).items():
         print(one_line(f"{name}: {'; '.join(found) or 'ok'}"))

@@ -4,11 +4,8 @@ Values that equal the documented `BASELINE` of `dass/fingerprint.py` are left ou
 What a name hides is in it: contents of files, revisions of the hub, the code of criterion and update, and `NUMERICS`.
 """
 
-import ast
-import inspect
 import sys
-import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +23,10 @@ from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.criteria import CRITERIA
 from dass.pruning.order import ORDERS
 from dass.pruning.update import UPDATES
-from dass.records import identity_of
 from dass.training.masked import train
 from dass.training.stability import judged
 from dass.training.tiny import recipe_identity, trained_model
+from experiments.code import code_of
 from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
 
@@ -131,28 +128,6 @@ def model_identity(model: ModelConfig, contents: str | None = None) -> dict[str,
     if model.path is not None:
         return {"contents": contents or model_contents(Path(model.path).expanduser())}
     return {"hub_id": model.hub_id, "revision": model.revision}
-
-
-def code_of(function: Callable[..., Any]) -> str:
-    """16 hex digits for the code of a function and of what it calls in its own module, without comments and words.
-
-    Who edits an equation gets another run; who edits a docstring does not. An update that calls another one follows it.
-    """
-    sources, waiting, updates = {}, [function], [entry.function for entry in UPDATES.values()]
-    while waiting:
-        one = waiting.pop()
-        tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        sources[one.__qualname__] = ast.unparse(tree)
-        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
-            used = getattr(inspect.getmodule(one), name, None)
-            if inspect.isfunction(used) and (used.__module__ == one.__module__ or used in updates):
-                waiting += [used] * (used.__qualname__ not in sources)
-            elif isinstance(used, int | float | str):
-                sources[name] = repr(used)
-    return identity_of(sources)
 
 
 def _methods(config: PruneConfig, pruners: Mapping[str, Pruner]) -> dict[str, Any] | None:

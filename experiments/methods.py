@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dass.errors import DassError, told
 from dass.names import unknown
@@ -22,6 +22,17 @@ from experiments.schema import MethodConfig, PruneConfig, SparsityConfig
 Pruner = BlockPruner | AdaptivePruner
 DENSE = "dense"
 """The name of the method that prunes nothing, by which tables know it."""
+
+
+def name_by_file(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Give a method the name of its file in conf/method, so that a renamed copy is another method, unless one is given.
+
+    Args:
+        overrides: of the run, `key=value`; the last one of `method` names the file.
+    """
+    given = dict(one.lstrip("+").split("=", 1) for one in overrides if "=" in one)
+    if "method" in given and "method.name" not in given and "method" in config:
+        config.method.name = given["method"]
 
 
 def pruners_of(config: PruneConfig) -> Mapping[str, Pruner]:

@@ -7,6 +7,7 @@ python -m experiments.prune -m experiment=table1_perplexity scale=small
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from dass.records import (
     identity_of,
     machine_description,
     package_versions,
+    read_record,
+    record_path,
     write_record,
 )
 from dass.resume import Kept
@@ -44,6 +47,7 @@ from dass.streaming import Shelf, load_streamed
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
 from experiments.fingerprint import hub_text, source_of
+from experiments.methods import name_by_file
 from experiments.notes import note_idle
 from experiments.outputs import command_of, is_ready, is_skipped, save, save_masks, write_metrics
 from experiments.public import public, public_text
@@ -57,6 +61,8 @@ def main(config: DictConfig) -> str | None:
     """Run what the composed config says, unless its record exists; returns its identity, or None if it is to come."""
     advice = "keep the model on disk (memory=stream), use fewer or shorter sequences, or a larger GPU"
     with told("The GPU's memory does not suffice", advice, torch.OutOfMemoryError), together():
+        if HydraConfig.initialized():
+            name_by_file(config, HydraConfig.get().overrides.task)
         plan = check(config)
         if HydraConfig.initialized():  # of an experiment's own settings, each is there for some of its runs
             given = {argument.partition("=")[0] for argument in sys.argv[1:]}
@@ -118,7 +124,7 @@ def run_and_record(plan: Plan, label: str, claim: Claim) -> None:
             mirror.log(values)
 
         record, problems = run(plan, log, scratch)
-        path = first(partial(write_record, Path(plan.config.results_dir), record))
+        path = first(partial(written, Path(plan.config.results_dir), record))
         log_record(mirror, record)
         values = "".join(f", {m['dataset']} {m['metric']} {m['value']:.4g}" for m in record["metrics"])
         print(f"{label}: sparsity {record['sparsity']['targeted']:.4f} of the targeted weights{values}; {path}")
@@ -126,6 +132,16 @@ def run_and_record(plan: Plan, label: str, claim: Claim) -> None:
             print(f"error: {sentence(problem)}", file=sys.stderr, flush=True)
         if problems:
             raise problems[0]
+
+
+def written(folder: Path, record: dict[str, Any]) -> Path:
+    """Where the record of a run is: one whose evaluation failed does not take the place of one that holds numbers."""
+    path = record_path(folder, record["id"])
+    if "evaluation" in record["failed"]:
+        with suppress(DassError):
+            if read_record(path)["metrics"]:
+                return path
+    return write_record(folder, record)
 
 
 def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Exception]]:

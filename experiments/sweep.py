@@ -12,6 +12,7 @@ from dass.errors import DassError
 from dass.manifests import Manifest, PlannedRun, write_manifest
 from dass.records import identity_of
 from experiments.app import sentence
+from experiments.methods import name_by_file
 from experiments.public import public, public_override, public_text
 from experiments.resolve import check
 from report.kinds import find_kind
@@ -40,7 +41,7 @@ def plan_sweep(config: DictConfig, jobs: list[list[str]], arguments: list[str]) 
         name += f"-{identity_of({'changed': sorted(changed)})[:8]}"
     report = str(config.get("report") or "perplexity")
     find_kind(report)
-    runs = [_planned(compose("prune", job)) for job in jobs]
+    runs = [_planned(compose("prune", job), job) for job in jobs]
     return Manifest(name, experiment, scale, report, [public_override(one) for one in arguments], runs)
 
 
@@ -72,10 +73,11 @@ def write_sweep(folder: Path, manifest: Manifest) -> Path:
     return write_manifest(folder, replace(manifest, runs=list(unique.values())))
 
 
-def _planned(config: DictConfig) -> PlannedRun:
+def _planned(config: DictConfig, job: list[str]) -> PlannedRun:
     """What a run is to do; without an identity where it cannot be told here, as on a machine that lacks the model."""
     kept, calibrates = {}, False
     try:
+        name_by_file(config, job)
         plan = check(config)
         kept, calibrates = {key: plan.composed[key] for key in KEPT}, plan.calibrates
         kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}

@@ -138,14 +138,18 @@ def _without(name: str, tree: Any) -> Any:
 
 
 def _alike(runs: list[Run]) -> list[Run]:
-    """Without the runs that have other numbers of windows or items than most of the same evaluation."""
-    sizes: dict[str, Counter[tuple[tuple[str, int], ...]]] = defaultdict(Counter)
+    """Without the runs that have other numbers of windows or items than most of the same model and evaluation.
+
+    Models need not have as many windows of a text: each has its own tokenizer.
+    """
+    sizes: dict[tuple[str, str], Counter[tuple[tuple[str, int], ...]]] = defaultdict(Counter)
     for run in runs:
-        sizes[run.setting.evaluation][_sizes(run)] += bool(run.samples)
-    usual = {evaluation: counts.most_common(1)[0][0] for evaluation, counts in sizes.items()}
-    strange = [run for run in runs if run.samples and _sizes(run) != usual[run.setting.evaluation]]
+        sizes[run.setting.model, run.setting.evaluation][_sizes(run)] += bool(run.samples)
+    usual = {scored: counts.most_common(1)[0][0] for scored, counts in sizes.items()}
+    scored = [run for run in runs if run.samples]
+    strange = [run for run in scored if _sizes(run) != usual[run.setting.model, run.setting.evaluation]]
     for run in strange:
-        why = "windows or items than other runs of its evaluation"
+        why = "windows or items than other runs of its model and evaluation"
         print(f"left out: {one_line(run.id)}.json has more or fewer {why}: run it again.", file=sys.stderr)
     return [run for run in runs if run not in strange]
 

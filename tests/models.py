@@ -4,6 +4,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -137,6 +138,32 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # grouped products know no fp64
     return model if model.dtype == dtype else model.to(dtype)  # tensors of a pretended device cannot be converted
+
+
+def image_model(kind: str) -> PreTrainedModel:
+    """A tiny model that reads images, too: llama4, mistral3 or qwen3_vl_moe."""
+    text_type, own = LAYOUTS["llama4_text" if kind == "llama4" else "mixtral"]
+    text: dict[str, object] = {**SMALL, **own, "model_type": text_type}
+    vision: dict[str, object] = {"hidden_size": 16, "intermediate_size": 32}
+    few: dict[str, object] = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    if kind == "llama4":
+        vision |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+        vision["intermediate_size"] = 64
+    elif kind == "mistral3":
+        text = {**SMALL, "head_dim": 8, "model_type": "mistral"}
+        vision["model_type"] = "pixtral"
+    else:
+        text = {**SMALL, **SMALL_EXPERTS, "head_dim": 8}
+        text["rope_scaling"] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+        few = {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "patch_size": 14, "deepstack_visual_indexes": [0]}
+        few["num_position_embeddings"] = 16
+    config = CONFIG_MAPPING[kind](text_config=text, vision_config=vision | few)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
 
 
 def random_tokens(n_sequences: int = 5, seq_len: int = 24, seed: int = 0) -> torch.Tensor:

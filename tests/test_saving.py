@@ -127,6 +127,11 @@ KEPT = (
     "chat_template.jinja",
     "additional_chat_templates/tool.jinja",
     "LICENSE",
+    "LICENSE-APACHE",
+    "MODEL_LICENSE",
+    "licence.pdf",
+    "Notice",
+    "tokenizer.model.v3",
     "merges.txt",
 )
 LEFT = (

@@ -185,8 +185,12 @@ def window_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model below its head: the one that transformers names, or that embeds tokens."""
-    embedding = model.get_input_embeddings()
-    for part in (model.get_decoder(), *model.children()):
-        if part not in (model, embedding) and any(module is embedding for module in part.modules()):
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    parts = [model.get_decoder(), *model.children()]
+    for part in parts:
+        if part in (model, embedding) or embedding not in part.modules():
+            continue
+        if head not in part.modules():
             return part
+        parts += part.children()  # it is a whole language model itself, as inside Llama 4
     raise DassError(f"{type(model).__name__} does not tell its decoder from its head: it cannot be evaluated here.")

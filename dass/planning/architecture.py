@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from dass.errors import DassError, told
+from dass.models import auto_class
 from dass.pruning.blocks import ATTENTION_ROLES, MLP_ROLES, Block, Projection, Unit
 from dass.pruning.layout import find_blocks
 from dass.sizes import Size, at_once, size_of
@@ -120,7 +121,7 @@ def read_architecture(config: Any, projections: Mapping[str, str] | None = None)
     """
     what = f"{type(config).__name__} does not make a causal language model"
     with told(what, "correct its entries", Exception), torch.device("meta"):  # impossible sizes can raise anything
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     blocks = find_blocks(model, projections)
     experts = max(sum(unit.routed for unit in block.units) for block in blocks)
     text = config.get_text_config()

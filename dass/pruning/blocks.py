@@ -93,6 +93,8 @@ class Block:
     units: tuple[Unit, ...]
     attention: dict[str, Projection]
     """By role: q, k, v or qkv, and o; empty where attention is built otherwise."""
+    left: tuple[str, ...] = ()
+    """The parameters beside the units that are knowingly left dense, by their full names."""
 
     @property
     def projections(self) -> list[Projection]:
@@ -143,4 +145,5 @@ def mlp_names(blocks: list[Block]) -> list[str]:
         }
         for unit in block.units:
             names |= {f"{paths[p.module]}.{p.parameter_name}": None for p in unit.projections.values()}
+        names |= dict.fromkeys(block.left)
     return list(names)

@@ -7,6 +7,7 @@ what runs through them. A layout that structure does not tell can be given as re
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +35,11 @@ class Matrix:
     """As `(out_features, in_features)`; of three dimensions as stored."""
     transposed: bool
 
+    @property
+    def full_name(self) -> str:
+        """That of the parameter."""
+        return f"{self.name}.weight" if self.parameter_name == "weight" else self.name
+
     def view(self, role: str, reads: str, **part: object) -> Projection:
         """A projection on it, or on a part of it."""
         return Projection(
@@ -49,6 +55,8 @@ class Matrix:
 
 def find_blocks(model: nn.Module, projections: Mapping[str, str] | None = None) -> list[Block]:
     """The decoder blocks of a language model, in order: the longest outermost list of modules that all hold an MLP.
+
+    Of several lists, as where images are read, too, those that stand nearest to the embedding of the tokens.
 
     Args:
         projections: regular expressions by role (gate, up, down) for the names of an MLP's matrices, where structure
@@ -84,7 +92,14 @@ def find_blocks(model: nn.Module, projections: Mapping[str, str] | None = None) 
             f"matrices are gate, up and down, or use another model.",
             field="model.projections",
         )
-    return max(found.values(), key=len)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    beside = next((name for name, module in model.named_modules() if module is embedding), "").split(".")
+
+    def nearness(name: str) -> tuple[int, int]:
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), beside, strict=False))
+        return len(list(shared)), len(found[name])
+
+    return found[max(found, key=nearness)]
 
 
 def _hidden_size(model: nn.Module) -> int | None:
@@ -136,9 +151,16 @@ def _map_block(name: str, module: nn.Module, width: int | None, given: Mapping[s
         used.update(m.name for m in (matrices if own and units and units[-1] is own[-1] else routers))
     dense = _expression(given.get("dense", r"(?!)"))
     unknown = [f"{m.name} {m.shape}" for m in outside if m.name not in used and not dense.search(m.name)]
+    left = tuple(m.full_name for m in outside if m.name not in used and dense.search(m.name))
+    for p in (p for unit in units for p in unit.projections.values()):
+        if not roles_given and dense.search(p.name):
+            raise DassError(
+                f"{given['dense']} names {p.name} of an MLP that is understood: to leave it dense, set exclude.",
+                field="model.projections",
+            )
     units = [_labelled(unit, name, len(units) > 1, module) for unit in units]
     mixer = module.get_submodule(mixers[0]) if len(mixers) == 1 else None
-    return Block(name, module, mixer, tuple(units), _attention(inside, width)), unknown
+    return Block(name, module, mixer, tuple(units), _attention(inside, width), left), unknown
 
 
 def _mixers(block: nn.Module) -> list[str]:

@@ -82,7 +82,8 @@ class Method:
 
     def parameters_of(self, entry: Entry) -> dict[str, Value]:
         """The parameters that one of them is called with."""
-        return {n: entry.checked(n, v) for n, v in self.all_parameters().items() if n in entry.parameters()}
+        own = entry.parameters()
+        return own | {n: entry.checked(n, v) for n, v in self.parameters.items() if n in own}
 
     def needs_for(self, role: str) -> set[str]:
         """The fields of `Statistics` that criterion, update and order read for a projection of this role."""

@@ -62,19 +62,20 @@ def observe(
         kept = (output[0], *(None for _ in output[1:])) if isinstance(output, tuple) else output
 
     first: dict[str, Projection] = {}  # of the projections that read one tensor
+    followers: dict[str, list[Projection]] = {}
     for p in block.projections:
-        first.setdefault(p.reads, p)
+        if first.setdefault(p.reads, p) is not p:
+            followers.setdefault(p.reads, []).append(p)
     read: dict[str, Tensor] = {}  # alive, so that no other tensor can take the memory that tells them apart
 
     def on_product(p: Projection, whole: Tensor, x: Tensor) -> None:
         leader, unit = first[p.reads], block.unit_of(p)
-        if p is leader:
-            if p.reads in streams:
-                streams[p.reads].add(x)
-        elif (unit is not None or p.reads in streams) and (
-            leader.name not in read or extent_of(read[leader.name]) != extent_of(whole)
-        ):
-            raise _wrong_roles(block, f"{leader.name} and {p.name} do not read the same tensor")
+        if p is leader and p.reads in streams:
+            streams[p.reads].add(x)
+        if unit is not None or p.reads in streams:  # up may run before gate
+            for other in followers.get(p.reads, []) if p is leader else [leader]:
+                if other.name in read and extent_of(read[other.name]) != extent_of(whole):
+                    raise _wrong_roles(block, f"{other.name} and {p.name} do not read the same tensor")
         if unit is None or p.role != "down":
             read[p.name] = whole
             return

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dass.pruning.outputs import Outputs
 from dass.pruning.products import extent_of
 from dass.pruning.reordering import put_in_order
 from dass.pruning.statistics import Statistics, Streams
-from dass.pruning.update import UPDATES, Choose, Rows, require_obeyed
+from dass.pruning.update import UPDATES, Choose, Rows, require_obeyed, require_pairs
 
 Needs = dict[str, bool]
 """What a method must see in a block, by what is read (`Projection.reads`): whether with its Hessian."""
@@ -179,6 +179,7 @@ class BlockPruner:
             rows.append(Rows(p.name, weight, largest, method.pattern, method.axis_for(p.role), mask, choose))
         needs = {name for p in group for name in update.needs_for(p.role)}
         result = update.function(rows, statistics.only(needs), **method.parameters_of(update))
+        require_pairs(update, result, rows)
         inverse = next(iter(statistics.inverses.values()), None)
         damping = (inverse.damping, inverse.attempts) if inverse else (None, None)
         for p, (weight, mask) in zip(group, result, strict=True):
@@ -218,11 +219,18 @@ class BlockPruner:
     def _importance(self, weight: Tensor, statistics: Statistics, role: str) -> Tensor:
         entry = self.method.criterion_for(role)
         parameters = self.method.parameters_of(entry) if self.method._owner(role) else {}
-        scores = entry.function(weight, role, statistics, **parameters)
-        if scores.shape != weight.shape:
+        version = weight._version
+        scores: Any = entry.function(weight, role, statistics, **parameters)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            given = f"scores {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"{type(scores).__name__}"
             raise DassError(
-                f"The criterion {self.method.criterion} gives scores {tuple(scores.shape)} for a weight "
-                f"{tuple(weight.shape)}: it must return one score for each weight."
+                f"The criterion {self.method.criterion} gives {given} for a weight {tuple(weight.shape)}: it must "
+                f"return one score for each weight."
+            )
+        if weight._version != version:
+            raise DassError(
+                f"The criterion {self.method.criterion} changes the weights that it scores: compute in new tensors "
+                f"(abs, not abs_)."
             )
         return scores
 

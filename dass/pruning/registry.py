@@ -12,6 +12,8 @@ from dass.pruning.statistics import STATISTICS
 
 Value = float | int | bool | str
 """A parameter of a criterion or an update."""
+TAKEN = ("name", "criterion", "axis", "update", "order", "order_seed", "exclude", "methods", "candidates", "share")
+"""The words of a method's file that are no parameters."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,16 @@ class Registry(dict[str, Entry]):
                     f"{', '.join(STATISTICS)}."
                 )
             entry = Entry(function, needs, needs_of_role, positive, whole)
-            wrong = [
-                p.name
-                for p in list(inspect.signature(function).parameters.values())[self.leading :]
-                if type(p.default) not in (float, int, bool, str)
-            ]
+            arguments = list(inspect.signature(function).parameters.values())
+            if len(arguments) < self.leading or any(p.default is not p.empty for p in arguments[: self.leading]):
+                raise DassError(f"The {self.what} {function.__name__} must take {self.leading} arguments first.")
+            own = arguments[self.leading :]
+            if taken := [p.name for p in own if p.name in TAKEN]:
+                raise DassError(
+                    f"The parameter {taken[0]} of the {self.what} {function.__name__} has the name of a setting that "
+                    f"every method has: choose another."
+                )
+            wrong = [p.name for p in own if type(p.default) not in (float, int, bool, str)]
             if wrong:
                 raise DassError(
                     f"The parameter {wrong[0]} of the {self.what} {function.__name__} needs a default that is a "

@@ -7,13 +7,14 @@ in `conf/method`; nothing else.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dass.errors import Answers, DassError
-from dass.pruning.masks import NM, Axis, Mask, Pattern
-from dass.pruning.registry import Registry
+from dass.pruning.masks import NM, Axis, Mask, Pattern, verify_mask
+from dass.pruning.registry import Entry, Registry
 from dass.pruning.statistics import Statistics
 
 LAZY = 16
@@ -126,6 +127,27 @@ def obs_sweep(weight: Tensor, factor: Tensor, choose: Choose, choose_every: int)
         torch.eq(pruned[: end - first], 0, out=keep[first:end])
     columns.masked_fill_(~keep, 0)
     return columns.T.contiguous(), keep.T.contiguous()
+
+
+def require_pairs(entry: Entry, result: Any, group: list[Rows]) -> None:
+    """Raise DassError unless an update gave new weights and a mask for each projection.
+
+    A stranger's mask must keep to the pattern, too; the tests show that ours do, and looking waits for the device.
+    """
+    name = entry.function.__name__
+    pairs = list(result) if isinstance(result, list | tuple) else []
+    good = [isinstance(one, tuple) and [*map(type, one)] == [Tensor, Mask] for one in pairs]
+    if len(good) != len(group) or not all(good):
+        raise DassError(f"The update {name} must return a list of (weight, mask), one for each of {len(group)} layers.")
+    for (_, mask), rows in zip(pairs, group, strict=True):
+        if entry.function.__module__.partition(".")[0] == "dass" or mask is rows.mask:
+            continue
+        if (mask.pattern, mask.axis) != (rows.pattern, rows.axis):
+            raise DassError(
+                f"The update {name} gives a mask of {mask.pattern} along {mask.axis} for {rows.name}, which is to be "
+                f"{rows.pattern} along {rows.axis}."
+            )
+        verify_mask(mask, f"{rows.name} by the update {name}")
 
 
 def require_obeyed(name: str, layer: str, before: Tensor, weight: Tensor, mask: Mask, later: Answers) -> None:

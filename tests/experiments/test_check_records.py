@@ -261,7 +261,7 @@ def test_fewer_windows_than_others(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not check_folder(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith(": ok") for line in lines) == 2
-    assert f"{short['id']}: it has more or fewer windows or items than most of its evaluation" in lines
+    assert f"{short['id']}: it has more or fewer windows or items than most of its model and evaluation" in lines
 
 
 def test_the_command_wants_a_folder_with_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import linecache
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dass.errors import DassError
@@ -28,8 +29,9 @@ from experiments import fingerprint as identities
 from experiments import outputs, plan, train_tiny  # noqa: F401  (their typed configs)
 from experiments import prune as app
 from experiments.app import CONF
+from experiments.methods import name_by_file
 from experiments.resolve import check
-from tests.models import VOCABULARY, random_tokens, tiny_model
+from tests.models import VOCABULARY, image_model, random_tokens, tiny_model
 from tests.tokenizers import tiny_tokenizer, words
 
 ROOT = Path(__file__).parents[2]
@@ -263,6 +265,51 @@ def test_a_failing_evaluation_still_leaves_the_model_and_a_record(setting, tmp_p
     assert is_saved(tmp_path / "saved", record["id"])
 
 
+def test_a_failing_evaluation_takes_nothing_from_an_earlier_record(setting, tmp_path, monkeypatch):
+    run(*setting)
+    (before,) = records(tmp_path)
+    monkeypatch.setattr(door, "perplexity", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*setting, "rerun=true")
+    assert records(tmp_path) == [before]
+
+
+@pytest.mark.parametrize("kind", ["llama4", "mistral3", "qwen3_vl_moe"])
+def test_a_model_that_reads_images_too(setting, tmp_path, kind):
+    """transformers has none of them as a causal language model, or the text alone; what is beside it stays."""
+    model = image_model(kind)
+    model.save_pretrained(tmp_path / "model")
+    run(*setting, f"save_model={tmp_path / 'saved'}")
+    (whole,) = records(tmp_path)
+    assert whole["sparsity"]["mlp"] == 0.5 and not whole["failed"]
+    run(*setting, "memory=stream", "rerun=true")
+    assert records(tmp_path)[0]["windows"] == pytest.approx(whole["windows"], rel=1e-6)
+    text = [s for s in setting if s.startswith(("evaluation", "tracking", "results_dir"))]
+    run(*text, "model=local", f"model.path={tmp_path / 'saved'}", "method=dense")
+    again = next(r for r in records(tmp_path) if r["id"] != whole["id"])
+    assert again["windows"] == pytest.approx(whole["windows"], rel=1e-6)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "saved"))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert before.keys() == after.keys() and changed
+    assert all("language_model" in name and ".layers." in name for name in changed)
+
+
+def test_the_dtype_of_the_weights_where_the_configuration_has_none(setting, tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    run(*setting, f"save_model={tmp_path / 'saved'}")
+    assert {weight.dtype for weight in load_file(tmp_path / "saved" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_renamed_copy_of_a_method_is_another_method():
+    config, named = composed("method=wanda"), composed("method=wanda", "method.name=mine")
+    name_by_file(config, ["model=local", "method=wanda_copy"])
+    name_by_file(named, ["method=wanda_copy", "method.name=mine"])
+    assert (config.method.name, named.method.name) == ("wanda_copy", "mine")
+
+
 def test_what_is_scored_is_what_is_saved(setting, tmp_path):
     """A bf16 source on the CPU: computed in fp32, the repaired weights rounded to bf16 before the evaluation."""
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -389,6 +436,43 @@ def test_who_edits_an_equation_gets_another_run(setting, tmp_path, monkeypatch):
         seen[name] = identity(setting, "method=magnitude", "method.criterion=mine")
     assert seen["first"] == seen["comment"]
     assert len(set(seen.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("SHARE = {'gate': 0.5}", "SHARE = {'gate': 0.9}"),
+        ("    power = 2.0", "    power = 3.0"),
+        ("TABLE = torch.tensor([1.0, 2.0])", "TABLE = torch.tensor([1.0, 2.5])"),
+        ("    return x**2", "    return x**3"),
+        ("FACTOR = (1, 2)", "FACTOR = (1, 3)"),
+    ],
+    ids=["dictionary", "class", "tensor", "helper of another module", "constant of another module"],
+)
+def test_all_that_a_strangers_equation_uses_is_in_its_identity(setting, tmp_path, monkeypatch, before, after):
+    """No version of the numerics stands for a module that is not ours."""
+    other = "def bent(x):\n    return x**2\n\n\nFACTOR = (1, 2)\n"
+    own = (
+        "import torch\nimport stranger_other\nfrom stranger_other import bent\n\nSHARE = {'gate': 0.5}\n"
+        "TABLE = torch.tensor([1.0, 2.0])\n\n\nclass Helper:\n    power = 2.0\n\n\n"
+        "def stranger(weight, role, statistics):\n    'Words.'\n"
+        "    part = SHARE.get(role, 1) * TABLE[1] * stranger_other.FACTOR[1]\n"
+        "    return bent(weight.abs() ** Helper.power) * part\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    for texts in ((own, other), (own, other), (own.replace(before, after), other.replace(before, after))):
+        for name, text in zip(("stranger_own", "stranger_other"), texts, strict=True):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+            (tmp_path / f"{name}.py").write_text(text)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        module = importlib.import_module("stranger_own")
+        monkeypatch.setitem(CRITERIA, "stranger", None)
+        criterion()(module.stranger)
+        seen.append(identity(setting, "method=magnitude", "method.criterion=stranger"))
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_the_revision_of_hub_texts_is_pinned_and_part_of_the_identity(setting):

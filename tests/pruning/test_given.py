@@ -10,7 +10,8 @@ from dass.pruning.masks import NM
 from dass.pruning.method import Method
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model, walk
-from tests.models import random_tokens, tiny_model
+from dass.sparsity import sparsity_report
+from tests.models import image_model, random_tokens, tiny_model
 
 WANDA = Method("wanda", dict.fromkeys(("gate", "up", "down"), "in"), NM(2, 4))
 
@@ -121,3 +122,45 @@ def test_what_stays_dense_must_be_said():
     assert len(find_blocks(model, given | {"dense": "adapter|mixing"})) == 3
     with pytest.raises(DassError, match="is not a regular expression"):
         find_blocks(model, {"dense": "("})
+
+
+def test_what_is_understood_cannot_be_called_dense():
+    with pytest.raises(DassError, match=r"names model.layers.0.mlp.gate_proj of an MLP .* set exclude"):
+        find_blocks(tiny_model(), {"dense": r"layers\.0\."})
+
+
+def test_what_stays_dense_beside_an_mlp_is_part_of_all_mlps():
+    """A shared expert is pruned, and half of all that the MLPs hold is not what is left of three quarters."""
+    model = tiny_model("deepseek_v3")
+    shared = {"gate": "gate_proj", "up": r"\.up_proj", "down": r"(shared_experts|mlp)\.down_proj"}
+    words = shared | {"dense": r"experts\.(gate_up|down)_proj$"}
+    pruner = BlockPruner(Method("magnitude", dict.fromkeys(("gate", "up", "down"), "in"), NM(2, 4)))
+    prune_model(model, pruner, projections=words)
+    blocks = find_blocks(model, words)
+    found = sparsity_report(model, blocks, [p for block in blocks for p in pruner.projections(block)])
+    weights = {name: p for name, p in model.named_parameters() if ".mlp." in name and "gate.weight" not in name}
+    zeros, total = (
+        sum(f(p) for p in weights.values() if p.ndim > 1) for f in (lambda p: int((p == 0).sum()), torch.numel)
+    )
+    assert found["targeted"] == 0.5 and found["mlp"] == pytest.approx(zeros / total) and found["mlp"] < 0.4
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "dass"])
+def test_up_may_run_before_gate(criterion):
+    model, other, input_ids = tiny_model(), tiny_model(), random_tokens()
+    for block in model.model.layers:
+        mlp = block.mlp
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.up_proj(x) * mlp.act_fn(mlp.gate_proj(x)))
+    axis = dict.fromkeys(("gate", "up"), "in" if criterion == "wanda" else "out") | {"down": "in"}
+    masks, expected = (
+        prune_model(m, BlockPruner(Method(criterion, axis, NM(2, 4))), input_ids) for m in (model, other)
+    )
+    assert masks.keys() == expected.keys() and all(torch.equal(masks[n].keep, expected[n].keep) for n in masks)
+
+
+def test_the_blocks_are_those_beside_the_embedding():
+    """A vision tower as wide as the text model, and deeper."""
+    model = image_model("mistral3")
+    tower = nn.ModuleList(tiny_model(hidden_size=16).model.layers for _ in range(2))
+    model.model.vision_tower.layers = nn.ModuleList(layer for some in tower for layer in some)
+    assert all(block.name.startswith("model.language_model.layers") for block in find_blocks(model))

@@ -1,5 +1,7 @@
 """A criterion and an update registered from outside, as a stranger would, and what methods refuse in one sentence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -280,3 +282,92 @@ def test_an_entry_tells_its_source():
     assert called.find("small").source().endswith("return factor * x\n")
     assert called.find("small").parameters() == {"factor": 2.0}
     assert small(3) == 6
+
+
+def test_parameters_of_one_name_keep_their_own_defaults():
+    called = []
+
+    @criterion("input_norm")
+    def powered(weight, role, statistics, power=2.0):
+        """S_ij = |W_ij|^power ||x_j||."""
+        called.append(power)
+        return weight.abs() ** power * statistics.input_norm
+
+    @update()
+    def scaled(group, statistics, power=0.5):
+        """W'_ij = W_ij where kept."""
+        called.append(power)
+        return [(rows.weight * rows.mask.keep, rows.mask) for rows in group]
+
+    prune_model(tiny_model(), BlockPruner(Method("powered", ALONG_INPUTS, NM(2, 4), "scaled")), random_tokens())
+    assert set(called) == {2.0, 0.5}
+    called.clear()
+    method = Method("powered", ALONG_INPUTS, NM(2, 4), "scaled", {"power": 3.0})
+    prune_model(tiny_model(), BlockPruner(method), random_tokens())
+    assert set(called) == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (lambda weight: weight.abs_(), "criterion odd changes the weights that it scores"),
+        (lambda weight: None, "criterion odd gives NoneType for a weight"),
+        (lambda weight: weight[0], r"criterion odd gives scores \(32,\) for a weight"),
+    ],
+    ids=["in place", "nothing", "another shape"],
+)
+def test_what_a_criterion_must_not_give(body, says):
+    @criterion()
+    def odd(weight, role, statistics):
+        """Whatever a test wants."""
+        return body(weight)
+
+    with pytest.raises(DassError, match=says):
+        prune_model(tiny_model(), BlockPruner(Method("odd", ALONG_INPUTS, NM(2, 4))))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (lambda rows: None, "must return a list of .weight, mask., one for each of 2 layers"),
+        (lambda rows: [(rows[0].weight, rows[0].mask)], "one for each of 2 layers"),
+        (lambda rows: [(one.weight, one.mask.keep) for one in rows], "one for each of 2 layers"),
+        (
+            lambda rows: [(one.weight * 0, replace(one.mask, keep=torch.zeros_like(one.mask.keep))) for one in rows],
+            "mask of model.layers.0.mlp.gate_proj by the update odd breaks its pattern 2:4",
+        ),
+        (
+            lambda rows: [(one.weight * 0, replace(one.mask, pattern=NM(1, 4))) for one in rows],
+            "gives a mask of 1:4 along in for model.layers.0.mlp.gate_proj, which is to be 2:4",
+        ),
+    ],
+    ids=["nothing", "too few", "a tensor", "an empty mask", "another pattern"],
+)
+def test_what_an_update_must_not_give(body, says):
+    @update()
+    def odd(group, statistics):
+        """Whatever a test wants."""
+        return body(group)
+
+    with pytest.raises(DassError, match=says):
+        prune_model(tiny_model(), BlockPruner(Method("magnitude", ALONG_INPUTS, NM(2, 4), "odd")))
+
+
+def test_arguments_that_cannot_be_given():
+    with pytest.raises(DassError, match="parameter order of the criterion named has the name of a setting"):
+
+        @criterion()
+        def named(weight, role, statistics, order=2.0):
+            """Of a parameter that no config could set."""
+
+    with pytest.raises(DassError, match="criterion short must take 3 arguments first"):
+
+        @criterion()
+        def short(weight, role):
+            """Without statistics."""
+
+    with pytest.raises(DassError, match="update shorter must take 2 arguments first"):
+
+        @update()
+        def shorter(group, damping=0.1):
+            """Without statistics."""

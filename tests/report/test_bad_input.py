@@ -222,6 +222,15 @@ def test_a_run_with_fewer_windows_than_the_others_is_left_out(capsys: pytest.Cap
     assert "short.json has more or fewer windows" in capsys.readouterr().err
 
 
+def test_models_may_have_other_numbers_of_windows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has its own tokenizer, and so another number of tokens of one text."""
+    one = [make_record(f"a{name}", name, losses(0.1), model="a") for name in ("wanda", "dass", "sparsegpt")]
+    other = [make_record(f"b{name}", name, losses(0.1, n=15), model="b") for name in ("wanda", "dass")]
+    for record in other:
+        record["identity"]["evaluation"] = one[0]["identity"]["evaluation"]
+    assert len(runs_of([*one, *other])) == 5 and capsys.readouterr().err == ""
+
+
 def test_the_report_goes_on_without_the_bad_ones(tmp_path: Path) -> None:
     config = ReportConfig("example", records=f"{tmp_path}/runs", published=f"{tmp_path}/p", output=f"{tmp_path}/out")
     write_example(tmp_path / "runs")
