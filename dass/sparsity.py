@@ -21,6 +21,7 @@ from dass.pruning.blocks import Block, Hold, Projection, mlp_names, resident
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import AXES, NM, Mask, Unstructured, verify_mask
 from dass.pruning.order import move, reorder
+from dass.pruning.reordering import require_orders
 from dass.pruning.stacks import Stack
 from dass.records import write_atomically
 
@@ -114,8 +115,12 @@ class PackedMasks:
         if groups is not None:
             self.about[name]["grouped"] = True
         if mask.order is not None:
-            self.bits[name + ORDER] = mask.order.cpu().int()
-            self.about[name]["ordered"] = True
+            order = mask.order.cpu().to(torch.int16 if len(mask.order) < 2**15 else torch.int32)
+            stored = next((key for key in reversed(self.bits) if key.endswith(ORDER)), "")
+            if not stored or not torch.equal(self.bits[stored], order):  # else that of another matrix of this MLP
+                stored = name + ORDER
+                self.bits[stored] = order
+            self.about[name]["ordered"] = stored.removesuffix(ORDER)
 
     def keep(self, name: str) -> Tensor:
         """Which weights of the projection `name` are kept, `(out_features, in_features)` bool."""
@@ -175,7 +180,7 @@ def read_masks(folder: Path) -> tuple[dict[str, Mask], dict[str, Any]]:
     with told(f"{path} is not a file of masks", "write one with `masks=DIR`", Exception), _opened(path) as file:
         metadata = file.metadata()
         provenance, about = json.loads(metadata["provenance"]), json.loads(metadata["masks"])
-        orders = {name + ORDER for name, facts in about.items() if facts.get("ordered")}
+        orders = {_order_key(name, facts["ordered"]) for name, facts in about.items() if facts.get("ordered")}
         if not isinstance(provenance, dict) or set(about) | orders != set(file.keys()):
             raise ValueError("its header does not describe what it holds")
         for name, facts in about.items():
@@ -191,7 +196,7 @@ def _unpacked(
     axis: Any,
     pattern: dict[str, Any],
     column_block: int | None,
-    ordered: bool = False,
+    ordered: bool | str = False,
     grouped: bool = False,
 ) -> Mask:
     """One mask of a file; an error of any kind if it is none."""
@@ -204,12 +209,17 @@ def _unpacked(
     if packed.get_dtype() != "U8" or list(packed.get_shape()) != [encoded_bytes(shape[0] * shape[1], groups)]:
         raise ValueError(f"{one_line(name)} does not hold the bytes of its {shape[0]} x {shape[1]} weights")
     keep = _decoded(torch.from_numpy(packed[:]), shape, axis, groups)
-    order = torch.from_numpy(file.get_tensor(name + ORDER)).long() if ordered is True else None
+    order = torch.from_numpy(file.get_tensor(_order_key(name, ordered))).long() if ordered else None
     if order is not None and (
         len(order) not in shape or not torch.equal(order.sort().values, torch.arange(len(order)))
     ):
         raise ValueError(f"the order of {one_line(name)} is no permutation of its neurons")
     return Mask(keep, kept, axis, column_block, order)
+
+
+def _order_key(name: str, ordered: bool | str) -> str:
+    """Where the order of a projection's neurons is: stored once for an MLP; in older files each has its own (true)."""
+    return (name if ordered is True else str(ordered)) + ORDER
 
 
 def _decoded(bits: Tensor, shape: list[int], axis: str, groups: NM | None) -> Tensor:
@@ -241,7 +251,7 @@ def apply_masks(model: nn.Module, masks: dict[str, Mask], projections: Mapping[s
         projections: see `find_blocks`.
 
     Raises:
-        DassError: a mask has no projection of its name and shape in this model.
+        DassError: a mask has no projection of its name and shape in it, or an order that is not of its neurons.
     """
     blocks = find_blocks(model, projections)
     found = {p.name: p.weight for block in blocks for p in block.projections}
@@ -249,6 +259,8 @@ def apply_masks(model: nn.Module, masks: dict[str, Mask], projections: Mapping[s
         if name not in found or found[name].shape != mask.keep.shape:
             raise DassError(f"The mask {name} {tuple(mask.keep.shape)} fits no projection of this model: load its own.")
     orders = {name: mask.order for name, mask in masks.items() if mask.order is not None}
+    for block in blocks:
+        require_orders(block, orders)
     for block in blocks:
         for unit in block.units:
             own = [orders[p.name] for p in unit.projections.values() if p.name in orders]

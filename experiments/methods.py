@@ -69,6 +69,8 @@ def _adaptive(config: PruneConfig, candidates: Any) -> AdaptivePruner:
     if others := set(words) - {"name", "candidates"}:
         raise DassError(f"method.{min(others)} has no effect where candidates are chosen from: set it in one of them.")
     pruners = _from_files(config, "candidates", candidates if isinstance(candidates, list) else [], shared)
+    if words["name"] == DENSE:
+        raise DassError("method.name=dense is the name of what is not pruned: give another.", "method.name")
     if not isinstance(share, int | float) or isinstance(share, bool):
         raise DassError(f"share={share} must be a number.", field="method.share")
     return AdaptivePruner(pruners, share)
@@ -83,18 +85,27 @@ def _from_files(
         own = dict(one) if isinstance(one, dict) else {"name": one}
         file, changes = str(own.pop("name", None)), own
         name = " ".join([file, *(f"{key}={value}" for key, value in changes.items())])
-        pruners[name] = _from_file(config, where, file, {**shared, **changes})
+        pruners[name] = _from_file(config, where, file, {**shared, **changes}, "update" in changes)
     return pruners
 
 
-def _from_file(config: PruneConfig, where: str, name: str, changes: dict[str, Any]) -> BlockPruner:
-    """A method as its file in conf/method says, with some values changed."""
+def _from_file(
+    config: PruneConfig, where: str, name: str, changes: dict[str, Any], updates_itself: bool
+) -> BlockPruner:
+    """A method as its file in conf/method says, with some values changed; `updates_itself`: its own update, too."""
     known = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
     if name not in known:
         raise unknown("The method", name, known, f"method.{where}")
     file = CONF / "method" / f"{name}.yaml"
     with told(f"{file} cannot be read", "correct it", Exception):  # whatever OmegaConf and its YAML raise
         words: Any = OmegaConf.to_container(OmegaConf.load(file))
+    own = words.get("update", "none")
+    if not updates_itself and own not in ("none", changes.get("update", own)):
+        raise DassError(
+            f"method.{where} names {name}, whose update is {own}, not {changes['update']}: write which it is to have, "
+            f"as in {{name: {name}, update: {own}}}.",
+            f"method.{where}",
+        )
     pruner = _pruner(config, words | changes) if "criterion" in words else None
     if pruner is None:
         raise DassError(f"method.{where} names {name}, which is no method that prunes: see conf/method.")

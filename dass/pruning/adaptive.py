@@ -32,9 +32,12 @@ class AdaptivePruner:
             raise DassError("adaptive needs at least two candidates: name them.", field="method.candidates")
         if not 0 < self.share <= 1:
             raise DassError(f"share={self.share} must be above 0 and at most 1.", field="method.share")
-        shared = {(p.targets, p.method.pattern, p.method.order, p.method.update) for p in self.candidates.values()}
-        if len(shared) > 1:
-            raise DassError("The candidates differ in their targets, pattern, order or update: give all the same.")
+        shared = {(p.targets, p.exclude, p.method.pattern, p.method.order) for p in self.candidates.values()}
+        updates = {p.method.update for p in self.candidates.values()}
+        if len(shared) > 1:  # who prunes less would win
+            raise DassError("The candidates differ in their targets, exclude, pattern or order: give all the same.")
+        if len(updates) > 1 and any(UPDATES.find(update).whole for update in updates):
+            raise DassError("Some candidates train their MLPs and some do not: give all the same update.")
 
     @property
     def first(self) -> BlockPruner:
@@ -51,7 +54,7 @@ class AdaptivePruner:
 
     @property
     def method(self) -> Method:
-        """The first candidate's method: all have its pattern, order and update."""
+        """The first candidate's method: all have its pattern and order, and train their MLPs if it does."""
         return self.first.method
 
     def check(self, blocks: list[Block]) -> None:

@@ -73,7 +73,8 @@ def observe(
         if p is leader and p.reads in streams:
             streams[p.reads].add(x)
         if unit is not None or p.reads in streams:  # up may run before gate
-            for other in followers.get(p.reads, []) if p is leader else [leader]:
+            early = [] if leader.name in read else followers.get(p.reads, [])
+            for other in early if p is leader else [leader]:
                 if other.name in read and extent_of(read[other.name]) != extent_of(whole):
                     raise _wrong_roles(block, f"{other.name} and {p.name} do not read the same tensor")
         if unit is None or p.role != "down":

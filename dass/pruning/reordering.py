@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dass.errors import DassError
 from dass.pruning.blocks import Block, Projection, Unit
 from dass.pruning.masks import NM
 from dass.pruning.method import Method
@@ -30,14 +31,44 @@ def put_in_order(
         of an MLP, of v the rows and of o the columns.
 
     Raises:
-        DassError: an MLP has other parameters with one value for each neuron.
+        DassError: an MLP has other parameters with one value for each neuron, or a number that M does not divide.
     """
     orders: dict[str, Tensor] = {}
     for unit in block.units if method.order != "released" else ():
         own = [p for p in projections if block.unit_of(p) is unit]
+        if not own:
+            continue  # a dense MLP stays as it is
         permutation = _neurons(block, unit, method, own, streams, scores)
         orders |= {p.name: permutation for p in unit.projections.values()}
     return orders | _heads(block, method, {p.role: p for p in projections}, streams, scores)
+
+
+def require_orders(block: Block, orders: dict[str, Tensor]) -> None:
+    """Raise DassError unless permutations from elsewhere, by projection, leave the dense function as it is.
+
+    All of an MLP have one; v and o have one inside each head, alike; other matrices have none.
+    """
+    for unit in block.units:
+        count = unit.projections["down"].weight.shape[1]
+        own = [orders[p.name] for p in unit.projections.values() if p.name in orders]
+        if any(len(one) != count or not torch.equal(one, own[0]) for one in own):
+            raise DassError(f"The masks of {unit.name} hold several orders of its {count} neurons: load its own.")
+    given = {role: orders[p.name] for role, p in block.attention.items() if p.name in orders}
+    if given and not (set(given) == {"v", "o"} and _keeps_heads(block, given["v"], given["o"])):
+        raise DassError(f"The masks of {block.name} move values between the heads of its attention: load its own.")
+
+
+def _keeps_heads(block: Block, v: Tensor, o: Tensor) -> bool:
+    """Whether each head of v keeps its rows to itself, and o reads them in the same order."""
+    heads = heads_of(block, 1)
+    if not heads or (len(v), len(o)) != (sum(len(rows) for rows, _ in heads), sum(c.numel() for _, c in heads)):
+        return False
+    for rows, columns in heads:
+        found = v[rows] - rows[0]
+        inside = bool((found >= 0).all() and (found < len(rows)).all())
+        if not inside or not torch.equal(o[columns], columns[:, found]):
+            return False
+    return True
 
 
 def _neurons(
@@ -46,9 +77,15 @@ def _neurons(
     """Put the neurons of an MLP in the method's order; the permutation, `(f,)`."""
     seen, count = streams.get(unit.intermediate), unit.projections["down"].weight.shape[1]
 
+    if ORDERS.find(method.order).needs and isinstance(method.pattern, NM) and count % method.pattern.m:
+        raise DassError(
+            f"M={method.pattern.m} does not divide the {count} neurons of {unit.name}: use order=released or random.",
+            "method.order",
+        )
+
     def competing() -> Tensor:
         lines = [_lines(p, method, scores) for p in own]
-        return torch.cat([torch.empty(0, count, device=own[0].weight.device), *lines]) if own else torch.empty(0)
+        return torch.cat([torch.empty(0, count, device=own[0].weight.device), *lines])
 
     norm = seen.norm if seen else lambda: torch.empty(0)
     neurons = Neurons(count, method.pattern, seeded(method.order_seed, unit.name), norm, competing)

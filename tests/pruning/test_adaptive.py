@@ -1,6 +1,7 @@
 """The candidate that changes the block least is kept, unit by unit."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,8 +81,21 @@ def test_what_is_no_choice():
         AdaptivePruner({"wanda": candidates()["wanda"]})
     with pytest.raises(DassError, match="share=0"):
         AdaptivePruner(candidates(), share=0)
-    with pytest.raises(DassError, match="differ in their targets, pattern"):
+    with pytest.raises(DassError, match="differ in their targets, exclude, pattern"):
         AdaptivePruner(candidates() | {"other": candidates(Unstructured(0.5))["dass"]})
+    with pytest.raises(DassError, match="differ in their targets, exclude"):  # who prunes less would win
+        AdaptivePruner(candidates() | {"other": replace(candidates()["wanda"], exclude="down")})
+    with pytest.raises(DassError, match="Some candidates train their MLPs"):
+        AdaptivePruner(candidates() | {"other": BlockPruner(Method("wanda", IN, TWO_OF_FOUR, "mlp"))})
+
+
+def test_each_candidate_may_have_its_own_update():
+    obs = BlockPruner(Method("obs", IN, TWO_OF_FOUR, "obs"))
+    adaptive = AdaptivePruner({"magnitude": candidates()["magnitude"], "sparsegpt": obs}, share=1.0)
+    model, tokens = tiny_model(), random_tokens(8)
+    chosen = [one for s in walk(model, tokens, adaptive.needs) for one in adaptive.prune(s.block, s.streams, s.outputs)]
+    assert {one.chosen for one in chosen} == {"sparsegpt"}  # it repairs what it prunes
+    assert all(one.damping is not None for one in chosen)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])

@@ -1,6 +1,7 @@
 """Neuron order: the dense function stays, the groups change, and `matched` finds what brute force finds."""
 
 import copy
+import dataclasses
 from itertools import combinations
 
 import pytest
@@ -15,7 +16,7 @@ from dass.pruning.method import Method
 from dass.pruning.order import ORDERS, Neurons, kept, matched, move, order, random, reorder, seeded, spread
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
-from dass.sparsity import PackedMasks, apply_masks, read_masks
+from dass.sparsity import ORDER, PackedMasks, apply_masks, read_masks
 from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
 
 AXIS = {"gate": "out", "up": "out", "down": "in"}
@@ -193,3 +194,67 @@ def test_orders_that_cannot_be():
     model.model.layers[0].mlp.scale = torch.nn.Parameter(torch.ones(model.config.intermediate_size))
     with pytest.raises(DassError, match="scale holds one value for each"):
         prune_model(model, BlockPruner(Method("magnitude", AXIS, NM(2, 4), order="random")))
+
+
+@pytest.mark.parametrize("order_name", ["random", "spread", "matched"])
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "mixtral"])
+def test_an_mlp_that_stays_dense_stays_in_its_order(layout, order_name, tmp_path):
+    """And so its masks, applied to the released model, give the pruned one bit for bit."""
+    model, released, packed = tiny_model(layout), tiny_model(layout), PackedMasks()
+    excluded = r"(layers|h)\.1\.|experts.*\.0$|experts.*\.0\.(gate|up)$"
+    pruner = BlockPruner(Method("wanda", AXIS, NM(2, 4), order=order_name), exclude=excluded)
+    for name, mask in prune_model(model, pruner, random_tokens()).items():
+        packed.add(name, mask)
+    packed.write(tmp_path, {})
+    apply_masks(released, read_masks(tmp_path)[0])
+    for weight, wanted in zip(released.parameters(), model.parameters(), strict=True):
+        assert torch.equal(weight, wanted)
+
+
+@pytest.mark.parametrize("order_name", ["spread", "matched"])
+def test_groups_that_the_number_of_neurons_does_not_fill(order_name):
+    model = tiny_model(intermediate_size=66)
+    pruner = BlockPruner(Method("wanda", dict.fromkeys(AXIS, "in"), NM(2, 4), order=order_name), exclude="down")
+    with pytest.raises(
+        DassError, match=r"M=4 does not divide the 66 neurons of model.layers.0.mlp: use order=released"
+    ):
+        prune_model(model, pruner, random_tokens())
+
+
+def test_the_order_of_an_mlp_is_stored_once(tmp_path):
+    packed, masks = PackedMasks(), {}
+    for name, mask in prune_model(
+        tiny_model(), BlockPruner(Method("dass", AXIS, NM(2, 4), order="random")), random_tokens()
+    ).items():
+        packed.add(name, mask)
+        masks[name] = mask
+    assert sum(name.endswith(ORDER) for name in packed.bits) == 3  # blocks
+    packed.write(tmp_path, {})
+    for name, mask in read_masks(tmp_path)[0].items():
+        assert torch.equal(mask.order, masks[name].order) and torch.equal(mask.keep, masks[name].keep)
+
+
+@pytest.mark.parametrize("kind", ["several", "too short", "v alone", "q", "another head"])
+def test_orders_that_would_change_the_dense_model(kind):
+    model = tiny_model()
+    axis = AXIS | {"q": "in", "k": "in", "v": "out", "o": "in"}
+    masks = prune_model(tiny_model(), BlockPruner(Method("magnitude", axis, NM(2, 4)), "all"))
+    block = find_blocks(model)[0]
+    names = {p.role: p.name for p in block.projections}
+    f, written, read = (
+        block.units[0].projections["down"].weight.shape[1],
+        *(block.attention[r].weight.shape[i] for r, i in (("v", 0), ("o", 1))),
+    )
+    wrong = {
+        "several": {"gate": torch.arange(f), "down": torch.arange(f).flip(0)},
+        "too short": {"gate": torch.arange(32)},
+        "v alone": {"v": torch.arange(written)},
+        "q": {"q": torch.arange(32), "v": torch.arange(written), "o": torch.arange(read)},
+        "another head": {"v": torch.arange(written).flip(0), "o": torch.arange(read).flip(0)},
+    }[kind]
+    masks |= {names[role]: dataclasses.replace(masks[names[role]], order=order) for role, order in wrong.items()}
+    with pytest.raises(DassError, match="load its own"):
+        apply_masks(model, masks)
+    fits = {"v": torch.arange(written), "o": torch.arange(read), "gate": torch.arange(f).flip(0)}
+    masks = {name: dataclasses.replace(mask, order=None) for name, mask in masks.items()}
+    apply_masks(model, masks | {names[r]: dataclasses.replace(masks[names[r]], order=one) for r, one in fits.items()})
