@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
+from dass.checkpoint import model_contents
 from dass.claims import claimed
 from dass.data.calibration import calibration_tokens
 from dass.data.tokens import require_in_vocabulary, require_positions
 from dass.errors import DassError
 from dass.evaluation import door
 from dass.folders import is_saved, require_own_folder
-from dass.models import DTYPES, load_model, load_tokenizer, resolve_device, resolve_dtype
+from dass.models import load_model, load_tokenizer, resolve_device, resolve_dtype
 from dass.pruning.blocks import kept_of_parameters
 from dass.pruning.layout import find_blocks
 from dass.records import code_sha256, file_sha256, identity_of, machine_description, package_versions, require_writable
@@ -28,9 +30,9 @@ from dass.training.masked import Recipe, kept_weights, train
 from experiments.app import run_app, typed
 from experiments.bounds import require_plain
 from experiments.fingerprint import model_identity, pinned, source_of, text_identity
-from experiments.outputs import command_of
+from experiments.outputs import command_of, destination
 from experiments.public import public
-from experiments.resolve import MODEL_SOURCES
+from experiments.resolve import MODEL_SOURCES, require_separate
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, TrackingConfig
 
 
@@ -59,25 +61,31 @@ def main(config: DictConfig) -> None:
     composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore
     require_plain(composed)
     plain = typed(FinetuneConfig, composed)
-    folder = _checked(plain)
+    _check(plain)
     plain = pinned(plain, True)
     hidden: dict[str, Any] = {part: text_identity(part, getattr(plain, part)) for part in ("calibration", "evaluation")}
     hidden |= {
         "model": model_identity(plain.model),
+        "teacher": plain.teacher and model_contents(Path(plain.teacher).expanduser()),
         "masks": plain.masks and file_sha256(Path(plain.masks) / MASKS_FILE),
     }
     given: dict[str, Any] = {name: asdict(getattr(plain, name)) for name in ("calibration", "evaluation", "finetune")}
     for part in ("calibration", "evaluation"):
         del given[part]["path"]
-    given |= {"dtype": plain.model.dtype, "teacher": plain.teacher, "seed": plain.seed}
+    given |= {"dtype": plain.model.dtype, "seed": plain.seed}
     run_id = identity_of({"hidden": hidden, "given": given})
+    folder = destination(str(plain.save_model), run_id)
+    beside, claim = (folder.parent / f".{folder.name}.{what}" for what in ("training", "claim"))
     if is_saved(folder, run_id):
+        with claimed(claim, wait=False) as own:
+            if own is not None:  # what a process left that was killed at the very end
+                shutil.rmtree(beside, ignore_errors=True)
         print(f"{folder}: already done, skipping")
         return
+    require_writable(folder.parent)
     require_own_folder(folder)
-    beside = folder.parent / f".{folder.name}.training"
     with (
-        claimed(folder.parent / f".{folder.name}.claim"),
+        claimed(claim),
         track(**vars(plain.tracking), run_id=run_id, config=public(composed)) as mirror,
     ):
         tune(plain, folder, beside, run_id, mirror)
@@ -104,6 +112,10 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     else:  # a weight that is kept may be 0
         masks = read_masks(Path(config.masks))[0]
         apply_masks(model, masks, config.model.projections)
+        units = [unit for block in blocks for unit in block.units]
+        dense = [u.name for u in units if not any(p.name in masks for p in u.projections.values())]
+        if dense:
+            print(f"note: {len(dense)} of {len(units)} MLPs have no mask, such as {dense[0]}: dense", file=sys.stderr)
         keep = kept_of_parameters((p, masks[p.name].keep) for b in blocks for p in b.projections if p.name in masks)
 
     def judge(step: int) -> dict[str, Any]:
@@ -118,8 +130,9 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     by = identity_of(
         {"run": run_id, "machine": machine_description(device), "code": code_sha256()} | package_versions()
     )
-    # products as the model's own dtype has them on a GPU, and as asked for on the CPU
-    products = DTYPES[stored] if config.model.dtype != "auto" or device.type == "cuda" else torch.float32
+    # products in 16 bits where the model's own dtype has them, on the CPU only if asked for; in fp16 gradients vanish
+    in_16_bits = stored in ("bfloat16", "float16") and (config.model.dtype != "auto" or device.type == "cuda")
+    products = torch.bfloat16 if in_16_bits else torch.float32
     history, _ = train(model, keep, sequences, config.finetune, judge, beside, by, teacher, products)
     steps = {f"loss after {one['step']} steps": f"{one['loss']:.4f}" for one in history}
     facts = {"training": ", ".join(f"{key}={value}" for key, value in vars(config.finetune).items())}
@@ -131,8 +144,8 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     print(f"{folder}: loss {history[0]['loss']:.4f} before, {history[-1]['loss']:.4f} after")
 
 
-def _checked(config: FinetuneConfig) -> Path:
-    """Where the model is to be saved; DassError where the settings mean nothing."""
+def _check(config: FinetuneConfig) -> None:
+    """Raise DassError where the settings mean nothing, or the model would replace what it is made from."""
     given = [name for name in MODEL_SOURCES if getattr(config.model, name) is not None]
     for fits, sentence in (
         (len(given) == 1, f"model={config.model.name} must set one of {', '.join(MODEL_SOURCES)}; it sets {given}."),
@@ -145,11 +158,11 @@ def _checked(config: FinetuneConfig) -> Path:
     ):
         if not fits:
             raise DassError(sentence)
-    folder = Path(str(config.save_model)).expanduser()
-    require_writable(folder.parent)
+    read = {"model.path": config.model.path, "masks": config.masks, "teacher": config.teacher}
+    require_separate(str(config.save_model), read)
+    require_writable(Path(str(config.save_model)).expanduser().parent)
     if config.masks is not None:
         read_masks(Path(config.masks))  # before anything heavy is loaded
-    return folder
 
 
 def _teacher(config: FinetuneConfig, model: PreTrainedModel, device: torch.device) -> PreTrainedModel | None:
@@ -157,7 +170,11 @@ def _teacher(config: FinetuneConfig, model: PreTrainedModel, device: torch.devic
     if config.finetune.loss != "distill":
         return None
     if config.teacher is not None:
-        return load_model(str(Path(config.teacher).expanduser()), None, "float32", device)
+        teacher = load_model(str(Path(config.teacher).expanduser()), None, "float32", device)
+        words, own = (one.get_input_embeddings().weight.shape[0] for one in (teacher, model))
+        if words != own:
+            raise DassError(f"The teacher knows {words} tokens, and the model {own}: give the dense model.", "teacher")
+        return teacher
     if config.masks is None:
         raise DassError("loss=distill of a pruned folder needs the dense model: give `teacher=DIR`.", "teacher")
     return copy.deepcopy(model)

@@ -92,7 +92,8 @@ def main(config: DictConfig) -> None:
     print(f"# {typed.model.name}, {typed.dtype}, on {device.name}: an estimate\n")
     tables = [parameter_rows(model), removal_rows(model, pruners["wanda"]), stages]
     tables.append([count_row(model, name, pruner, device, work, windows) for name, pruner in pruners.items()])
-    tables.append([row for name, pruner in pruners.items() if (row := expert_row(model, name, pruner, work))])
+    least = calibration.min_expert_tokens
+    tables.append([row for name, pruner in pruners.items() if (row := expert_row(model, name, pruner, work, least))])
     for rows in filter(None, tables):
         aligned = ["left" if key in ("Method", "Stage") or not i else "right" for i, key in enumerate(rows[0])]
         print(tabulate(rows, "keys", "pipe", disable_numparse=True, colalign=aligned), "\n")
@@ -172,22 +173,30 @@ def count_row(
     windows: tuple[int, int] | None,
 ) -> dict[str, str]:
     """A whole run: its memory whole and streamed, and its time on one device and on several."""
-    ways = {}
-    for streams in (False, True):
-        own = replace(work, streams=streams)
-        ways[streams] = [*shared_stages(model, own, windows), *plan_pruning(model, pruner, own)]
-    peaks = {streams: max(stage.peak_bytes for stage in stages) / 1e9 for streams, stages in ways.items()}
-    row = {"Method": name, "Memory": f"{peaks[False]:,.1f} GB", "Streamed": f"{peaks[True]:,.1f} GB"}
+
+    def staged(streams: bool, by_expert: bool = False) -> tuple[list[Stage], float]:
+        own = replace(work, streams=streams, by_expert=by_expert)
+        stages = [*shared_stages(model, own, windows), *plan_pruning(model, pruner, own)]
+        return stages, max(stage.peak_bytes for stage in stages) / 1e9
+
+    whole, peak = staged(False)
+    streamed, least = staged(True, work.by_expert)
+    if least > device.memory_gb and model.in_experts and not work.by_expert:  # by what is known of them all
+        streamed, least = staged(True, True)
+    row = {"Method": name, "Memory": f"{peak:,.1f} GB", "Streamed": f"{least:,.1f} GB"}
     for count in COUNTS:
-        streams = peaks[False] > count * device.memory_gb
-        seconds = sum(stage.shared(count).seconds(device, work.dtype) for stage in ways[streams])
-        row[f"{count} x {device.name}"] = time_words(seconds) + (" (streamed)" if streams else "")
+        fits = peak <= count * device.memory_gb
+        seconds = sum(stage.shared(count).seconds(device, work.dtype) for stage in (whole if fits else streamed))
+        words = time_words(seconds) + ("" if fits else " (streamed)")
+        row[f"{count} x {device.name}"] = words if fits or least <= device.memory_gb else "does not fit"
     return row
 
 
-def expert_row(model: Architecture, name: str, pruner: BlockPruner, work: Workload) -> dict[str, str] | None:
-    """What a method needs of each expert; None where there is nothing to need."""
-    found = expert_tokens(model, pruner, work)
+def expert_row(
+    model: Architecture, name: str, pruner: BlockPruner, work: Workload, least: int | None
+) -> dict[str, str] | None:
+    """What a method needs of each expert; None where there is nothing to need. `least`: min_expert_tokens."""
+    found = expert_tokens(model, pruner, work, least)
     if found is None:
         return None
     return {

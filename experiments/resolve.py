@@ -144,7 +144,9 @@ def check(config: DictConfig) -> Plan:
     ):
         if not fits:
             raise DassError(sentence)
-    _require_separate_folders(plain)
+    if plain.save_model is not None:
+        places = {"masks": plain.masks, "results_dir": plain.results_dir, "model.path": plain.model.path}
+        require_separate(plain.save_model, places)
     if plan.compares:
         check_comparison(plan.compared)
     return plan
@@ -223,12 +225,16 @@ def brought(plan: Plan) -> Literal["whole", "blocks", "experts"]:
         raise DassError(
             f"finetune.steps={config.finetune.steps} needs the whole model in memory: set memory=resident.", "memory"
         )
-    if not is_streamed or needed.streamed <= free:
-        return "blocks" if is_streamed else "whole"
+    if not is_streamed:
+        return "whole"
+    at_once = needed.streamed + (needed.statistics if needed.by_expert < needed.streamed else 0)
+    if at_once <= free:
+        return "blocks"
     _require_one_by_one(plan, needed, free)
     print(
-        f"note: the blocks need {needed.streamed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: their experts are "
-        f"brought from disk one at a time, in every forward, so that a larger batch_size reads less",
+        f"note: the blocks, with what is known of them, need {at_once / 1e9:.1f} GB of {free / 1e9:.1f} GB that are "
+        f"free: their experts are brought from disk one at a time, in every forward, so that a larger batch_size reads "
+        f"less",
         file=sys.stderr,
     )
     return "experts"
@@ -263,11 +269,9 @@ def _require_excluded(config: PruneConfig, blocks: list[Block]) -> None:
             raise DassError(f"{key}={exclude} matches none of {names[0]} to {names[-1]}: correct or remove it.", key)
 
 
-def _require_separate_folders(config: PruneConfig) -> None:
-    """A saved model replaces its folder: nothing else may lie in it, nor may it be the model that it comes from."""
-    others = {"masks": config.masks, "results_dir": config.results_dir, "model.path": config.model.path}
+def require_separate(save_model: str, others: Mapping[str, str | None]) -> None:
+    """Raise DassError where a saved model, which replaces its folder, would replace one of others, by their setting."""
     for name, other in others.items():
-        if config.save_model is None or other is None:
-            continue
-        if Path(config.save_model).resolve() in (Path(other).resolve(), *Path(other).resolve().parents):
-            raise DassError(f"save_model={config.save_model} would replace {name}={other}: choose another folder.")
+        own, place = Path(save_model).expanduser().resolve(), Path(other or "").expanduser().resolve()
+        if other is not None and own in (place, *place.parents):
+            raise DassError(f"save_model={save_model} would replace {name}={other}: choose another folder.")

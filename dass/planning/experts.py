@@ -29,16 +29,21 @@ class ExpertTokens:
         return round(work.tokens * self.share / share)
 
 
-def expert_tokens(model: Architecture, pruner: BlockPruner, work: Workload) -> ExpertTokens | None:
-    """Of the experts that need the most; None where the model has none, or the method looks at no token."""
+def expert_tokens(
+    model: Architecture, pruner: BlockPruner, work: Workload, least: int | None = None
+) -> ExpertTokens | None:
+    """Of the experts that need the most; None where the model has none, or the method looks at no token.
+
+    Args:
+        least: tokens that an expert needs; None: see `EXPERT_TOKENS`.
+    """
     found = None
     for b in model.blocks:
         needs = pruner.needs(b.block)
         for unit in (unit for unit in b.block.units if unit.routed):
             inputs = {p.reads: b.inputs[p.reads] for p in unit.projections.values()}
-            wanted = [
-                one.features if needs[reads] else EXPERT_TOKENS for reads, one in inputs.items() if reads in needs
-            ]
+            seen = [(needs[reads], one.features) for reads, one in inputs.items() if reads in needs]
+            wanted = [least or (features if with_hessian else EXPERT_TOKENS) for with_hessian, features in seen]
             one = next(iter(inputs.values()))
             if wanted and (found is None or max(wanted) > found.needed):
                 weights = sum(p.weight.numel() for p in unit.projections.values())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from dass.errors import DassError
@@ -226,6 +227,7 @@ def _output(
     call, hidden, output = activations.calls[i][index], activations.batches[i], mixed[i] if mixed else None
     if dtype not in (None, hidden.dtype):
         call, hidden = call.in_dtype(dtype), hidden.to(dtype)
+        output = tree_map_only(Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, output)
     if block.mixer is None or output is None:
         return call(block, hidden)
     with replaced_forward(block.mixer, lambda *_, **__: output):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError, told
 from dass.progress import progress
-from dass.pruning.blocks import Block
+from dass.pruning.blocks import Block, kept_of_parameters
 from dass.records import identity_of
 from dass.training.checkpoint import go_on
 from dass.training.checkpoint import keep as keep_checkpoint
@@ -107,16 +107,13 @@ class Masked(nn.Module):
 
 
 def kept_weights(blocks: list[Block]) -> Keep:
-    """The masks of a model that is pruned already: where a matrix of a block has zeros, those are kept as zeros.
+    """The masks of a model that is pruned already: where a projection has zeros, those are kept as zeros.
 
     Raises:
         DassError: there is no pruned matrix.
     """
-    found: dict[tuple[nn.Module, str], Tensor] = {}
-    for p in (p for block in blocks for p in block.projections):
-        keep = p.parameter != 0
-        if 1 - keep.float().mean() >= PRUNED:
-            found[p.module, p.parameter_name] = keep
+    kept = ((p, p.weight != 0) for block in blocks for p in block.projections)
+    found = kept_of_parameters((p, keep) for p, keep in kept if 1 - keep.float().mean() >= PRUNED)
     if not found:
         raise DassError("No matrix of the model is pruned: give `masks=DIR`, or the folder of a pruned model.", "masks")
     return found
@@ -169,8 +166,8 @@ def train(
         while True:
             is_due = step % recipe.every == 0 or step == recipe.steps
             if is_due and (not history or history[-1]["step"] < step):
-                seen = _judged(judge, step, history)
-                _require_finite(seen["loss"], step, "evaluation", history)
+                seen = _judged(judge, step, history, folder)
+                _require_finite(seen["loss"], step, "evaluation", history, folder)
                 of_training = {"training_loss": sum(losses) / len(losses)} if losses else {}
                 history, losses = [*history, {"step": step} | of_training | seen], []
                 keep_checkpoint(folder, by, step, time.perf_counter() - began, history, weights, optimizer)
@@ -178,7 +175,7 @@ def train(
                 return history, earlier
             batch = sequences[order[step * recipe.batch : (step + 1) * recipe.batch]].to(model.device)
             losses.append(_step(model, batch, recipe, teacher, dtype))
-            _require_finite(losses[-1], step + 1, "training", history)
+            _require_finite(losses[-1], step + 1, "training", history, folder)
             torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRADIENT_NORM)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
@@ -253,7 +250,14 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and fits.search(name)]
     if not names:
         raise DassError(
-            f"lora_targets={recipe.lora_targets} matches no linear layer of the model: name some that are there.",
+            f"lora_targets={recipe.lora_targets} matches no linear layer of the model (torch.nn.Linear; experts and "
+            f"Conv1D take no adapter): name some that are there.",
+            "finetune.lora_targets",
+        )
+    embedding = model.get_input_embeddings().weight
+    if tied := [name for name in names if model.get_submodule(name).weight is embedding]:
+        raise DassError(
+            f"lora_targets={recipe.lora_targets} matches {tied[0]}, whose weight is the embedding's: leave it out.",
             "finetune.lora_targets",
         )
     targets = [f"model.{name}" for name in names]
@@ -271,7 +275,7 @@ def _order(count: int, recipe: Recipe) -> Tensor:
 
 
 @torch.no_grad()
-def _judged(judge: Judge, step: int, history: list[dict[str, Any]]) -> dict[str, Any]:
+def _judged(judge: Judge, step: int, history: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What is to be known of the model; where that fails for a trained one, its training has mostly diverged."""
     try:
         return judge(step)
@@ -279,18 +283,18 @@ def _judged(judge: Judge, step: int, history: list[dict[str, Any]]) -> dict[str,
         if not history:
             raise
         why = f"The model of step {step} cannot be judged ({str(error).rstrip('.')})"
-        raise DassError(f"{why}: lower finetune.learning_rate; {_kept(history)}.", error.field) from error
+        raise DassError(f"{why}: lower finetune.learning_rate; {_kept(history, folder)}.", error.field) from error
 
 
-def _kept(history: list[dict[str, Any]]) -> str:
-    return f"what it was at step {history[-1]['step']} is kept" if history else "nothing is written"
+def _kept(history: list[dict[str, Any]], folder: Path) -> str:
+    return f"what it was at step {history[-1]['step']} is kept in {folder}" if history else "nothing is written"
 
 
-def _require_finite(loss: float, step: int, what: str, history: list[dict[str, Any]]) -> None:
+def _require_finite(loss: float, step: int, what: str, history: list[dict[str, Any]], folder: Path) -> None:
     if math.isfinite(loss):
         return
     raise DassError(
-        f"The {what} loss of step {step} is {loss}: lower finetune.learning_rate; {_kept(history)}.",
+        f"The {what} loss of step {step} is {loss}: lower finetune.learning_rate; {_kept(history, folder)}.",
         "finetune.learning_rate",
     )
 

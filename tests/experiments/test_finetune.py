@@ -1,5 +1,7 @@
 """Masked continued training from end to end, on a tiny model: masks or a pruned folder, kill and resume, bad input."""
 
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +12,7 @@ from dass.errors import DassError
 from dass.sparsity import read_masks
 from dass.training import masked
 from experiments import finetune as app
-from tests.experiments.test_prune import composed, run, setting  # noqa: F401  (a fixture)
+from tests.experiments.test_prune import ROOT, composed, run, setting  # noqa: F401  (a fixture)
 from tests.models import tiny_model
 
 STEPS = ["finetune.steps=4", "finetune.every=2", "finetune.batch=3", "finetune.warmup=1", "finetune.learning_rate=0.01"]
@@ -89,7 +91,10 @@ def test_distillation_needs_a_dense_model(tuning, tmp_path):
     [
         (["finetune.steps=0"], "steps=0 trains nothing"),
         (["finetune.batch=7"], "shorter than one batch of 7"),
-        (["finetune.learning_rate=1e30"], r"lower finetune\.learning_rate; what it was at step 0 is kept"),
+        (
+            ["finetune.learning_rate=1e30"],
+            r"lower finetune\.learning_rate; what it was at step 0 is kept in .*\.tuned\.training",
+        ),
         (["finetune.loss=kl"], "loss=kl must be one of next, distill"),
         (["evaluation=none"], "no loss to judge by"),
         (["masks=null"], "No matrix of the model is pruned"),
@@ -109,3 +114,64 @@ def test_masks_of_another_model(tuning, tmp_path):
     with pytest.raises(DassError, match=r"fits no projection of this model"):
         tune(*tuning, f"masks={tmp_path / 'masks'}")
     assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize("name", ["pruned", "model", "masks"])
+def test_what_is_read_is_never_replaced(tuning, tmp_path, name):
+    read = {"pruned": f"model.path={tmp_path / 'pruned'}", "model": f"teacher={tmp_path / 'model'}"}
+    given = [read.get(name, f"masks={tmp_path / 'masks'}"), f"save_model={tmp_path / name}"]
+    before = sorted((tmp_path / name).iterdir())
+    with pytest.raises(DassError, match=f"save_model=.*{name} would replace .*choose another folder"):
+        tune(*tuning, *given)
+    assert sorted((tmp_path / name).iterdir()) == before
+
+
+def test_another_teacher_is_another_run(tuning, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tmp_path / "model", teacher)
+    given = [*tuning, f"masks={tmp_path / 'masks'}", "finetune.loss=distill", f"teacher={teacher}"]
+    tune(*given)
+    tune(*given)
+    assert "already done" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(teacher)
+    tune(*given)
+    assert "already done" not in capsys.readouterr().out
+    tiny_model(vocab_size=90).save_pretrained(teacher)
+    with pytest.raises(DassError, match="The teacher knows 90 tokens, and the model 96"):
+        tune(*given)
+
+
+def test_masks_of_a_part_of_the_model_are_told(tuning, tmp_path, capsys):
+    run(
+        *[
+            one
+            for one in tuning
+            if one.startswith(("model", "calibration.path", "calibration=", "evaluation", "tracking"))
+        ],
+        "method=wanda",
+        r"exclude=layers\.2",
+        f"masks={tmp_path / 'few'}",
+        f"results_dir={tmp_path / 'runs'}",
+    )
+    tune(*tuning, f"masks={tmp_path / 'few'}")
+    assert "note: 1 of 3 MLPs have no mask, such as model.layers.2.mlp: dense" in capsys.readouterr().err
+
+
+def test_what_was_left_at_the_very_end_goes_with_the_next_start(tuning, tmp_path, monkeypatch):
+    given = [*tuning, f"masks={tmp_path / 'masks'}"]
+    monkeypatch.setattr(app.shutil, "rmtree", lambda *_, **__: None)
+    tune(*given)
+    assert (tmp_path / ".tuned.training").exists()
+    monkeypatch.undo()
+    tune(*given)
+    assert not (tmp_path / ".tuned.training").exists()
+
+
+def test_a_sweep_has_a_folder_for_each_run(tuning, tmp_path):
+    command = [sys.executable, "-m", "experiments.finetune", "-m", *tuning, f"masks={tmp_path / 'masks'}"]
+    subprocess.run([*command, "finetune.seed=0,1"], check=True, cwd=ROOT, capture_output=True)
+    one, two = (weights(folder) for folder in (tmp_path / "tuned").iterdir() if folder.name[0] != ".")
+    assert not torch.equal(one["model.layers.0.mlp.up_proj.weight"], two["model.layers.0.mlp.up_proj.weight"])

@@ -70,6 +70,30 @@ def test_what_an_expert_can_expect(capsys):
     assert rows["dass"][5] == f"{2 * 128 * 2048 * 3 * 4096 * 1536 / 1e12:.3g} TFLOP"
 
 
+def test_what_fits_no_way_has_no_hours(capsys):
+    """LLaMA3.1-405B's Hessians: 89 GB, streamed, on cards of 80 and of 24."""
+    out = printed(capsys, "model=llama31_405b", "device=h100", "evaluation=none")
+    counts = {
+        row[0]: row for row in (row_of(line) for line in out.splitlines() if line.startswith("| ")) if len(row) == 5
+    }
+    assert counts["sparsegpt"][3] == "does not fit" != counts["wanda"][3]
+    assert float(counts["sparsegpt"][2].split()[0]) > 80 > float(counts["wanda"][2].split()[0])
+    few = printed(capsys, "model=llama31_405b", "device=rtx4090", "evaluation=none")
+    assert few.count("does not fit") >= 8
+
+
+def test_experts_come_one_by_one_where_their_hessians_do_not_fit_beside_the_block(capsys):
+    out = printed(capsys, "model=deepseek_v3", "device=h100", "evaluation=none")
+    (row,) = [row_of(line) for line in out.splitlines() if line.startswith("| sparsegpt ") and "(streamed)" in line]
+    assert float(row[2].split()[0]) < 80 and row[3].endswith("(streamed)")
+
+
+def test_what_an_expert_needs_is_a_setting(capsys):
+    given = ["model=qwen3_235b", "model.architecture.num_hidden_layers=2", "calibration.min_expert_tokens=5000"]
+    rows = [row_of(line) for line in printed(capsys, *given).splitlines() if "even share |" in line]
+    assert [row[2] for row in rows] == ["5,000"] * 3
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_device(capsys, device):
     assert f"on {device}" in printed(capsys, f"device={device}", "dtype=float32")

@@ -85,6 +85,14 @@ def test_every_layout(layout):
     assert all(after <= before for before, after in errors) and min(a / b for b, a in errors) < 0.97
 
 
+def test_a_mixer_that_adds_the_residual_itself_in_16_bits():
+    model = tiny_model("bloom", torch.bfloat16).requires_grad_(False)
+    for step in walk(model, random_tokens(6), wanda().needs):
+        assert all(
+            one.mlp_error[1] <= one.mlp_error[0] for one in wanda(**QUICK).prune(step.block, step.streams, step.outputs)
+        )
+
+
 def test_adaptive_trains_the_winner_alone():
     candidates = {name: BlockPruner(Method(name, IN, NM(2, 4), "mlp", QUICK)) for name in ("wanda", "magnitude")}
     plain = {name: one.masking() for name, one in candidates.items()}

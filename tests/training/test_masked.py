@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 
 import pytest
@@ -198,3 +199,21 @@ def test_adapters_are_merged_back_under_the_mask(tmp_path):
     with pytest.raises(DassError, match=r"lora_targets=nowhere matches no linear layer"):
         trained(tmp_path, lora_rank=2, lora_targets="nowhere")
     assert masked.Recipe().lora_rank == 0
+
+
+def test_a_head_that_is_the_embedding_takes_no_adapter(tmp_path):
+    """Merged, it would change the embedding, too."""
+    model = pruned_model(tie_word_embeddings=True)
+    with pytest.raises(DassError, match="matches lm_head, whose weight is the embedding's: leave it out"):
+        trained(tmp_path, model, lora_rank=2, lora_targets="lm_head")
+
+
+def test_one_pruned_expert_of_many_keeps_its_zeros():
+    """It is less than a hundredth of the parameter that holds it."""
+    model = tiny_model("mixtral", num_local_experts=128)
+    (chosen,) = [p for p in find_blocks(model)[0].projections if p.name.endswith("down_proj.5")]
+    others = rf"^(?!{re.escape(chosen.name)}$)"
+    masks = prune_model(model, BlockPruner(Method("magnitude", ROLES, NM(2, 4)), exclude=others))
+    (keep,) = kept_weights(find_blocks(model)).values()
+    assert list(masks) == [chosen.name] and keep.shape[0] == 128
+    assert torch.equal(keep[5], masks[chosen.name].keep) and keep.float().mean() > 0.99
