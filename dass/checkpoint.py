@@ -16,6 +16,7 @@ from dass.folders import SEAL
 from dass.records import file_sha256, identity_of, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PACKED = "packed.json"  # in a folder whose weights are packed, see dass/packed_model.py
 CONTENT_SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja")  # of weights, configuration and tokenizer
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 COMPUTED = re.compile(r"(^|[._])(inv_freq|position_ids|causal_mask)$")
@@ -49,6 +50,11 @@ def require_weights(folder: Path) -> list[Path]:
         files = [folder / WEIGHTS]
     elif os.path.lexists(folder / INDEX):
         files = [folder / name for name in _shards(folder / INDEX)]
+    elif os.path.lexists(folder / PACKED):
+        raise DassError(
+            f"The weights of {folder} are packed: unpack them with `python -m experiments.pack model={folder} out=DIR "
+            f"unpack=true`."
+        )
     else:
         raise DassError(
             f"The model folder {folder} holds no weights ({WEIGHTS}, or {INDEX} and its shards): save the model there."

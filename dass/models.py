@@ -66,8 +66,17 @@ def load_config(source: str, revision: str | None) -> Any:
     folder = source if Path(source).is_dir() else hub.fetch(source, "config.json", revision).parent
     with _loading(source, f"Cannot load {source}, whose config.json is not understood"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    said = getattr(config, "quantization_config", None)
+    if isinstance(said, dict) and _is_sparse_alone(said):
+        del config.quantization_config
     know_activation(str(getattr(config.get_text_config(), "hidden_act", "")))
     return config
+
+
+def _is_sparse_alone(said: dict[str, Any]) -> bool:
+    """Whether llm-compressor's words tell of zeros alone, in matrices that are stored as ever: nothing is quantised."""
+    stored = (said.get("sparsity_config") or {}).get("format", "dense")
+    return said.get("quant_method") == "compressed-tensors" and not said.get("config_groups") and stored == "dense"
 
 
 def require_supported(config: Any) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dass.checkpoint import INDEX, model_contents, require_weights
+from dass.checkpoint import INDEX, PACKED, model_contents, require_weights
 from dass.errors import DassError, told
 from dass.folders import SEAL, whole_folder
 from dass.kernels import speed_up
@@ -27,7 +27,6 @@ from dass.pruning.masks import NM
 from dass.records import identity_of, read_json
 from dass.saving import BESIDE
 
-ABOUT = "packed.json"
 PARTS = ("values", "codes", "negative")
 """Behind the name of a tensor: the parts of a `Packed`."""
 
@@ -45,7 +44,7 @@ def pack_model(source: Path, folder: Path) -> dict[str, tuple[int, int, int]]:
     Raises:
         DassError: there is no model, it is packed already, or the folder holds something else.
     """
-    if (source / ABOUT).exists():
+    if (source / PACKED).exists():
         raise DassError(f"{source} is packed already: unpack it with unpack=true.", field="model")
     contents, sums = model_contents(source), dict[str, tuple[int, int, int]]()
     index = read_json(source / INDEX) if (source / INDEX).is_file() else None
@@ -68,7 +67,7 @@ def pack_model(source: Path, folder: Path) -> dict[str, tuple[int, int, int]]:
                 sums[name] = (count + 1, sizes[0] + tensor.nbytes, sizes[1] + after)
             about["files"][path.relative_to(source).as_posix()] = name = f"{path.stem}.packed.safetensors"
             save_file(tensors, new / name)
-        (new / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (new / PACKED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return sums
 
 
@@ -80,7 +79,7 @@ def unpack_model(packed: Path, folder: Path) -> None:
     """
     kinds = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
     with told(f"{packed} is no packed model", "pack it again with `python -m experiments.pack`", *kinds):
-        about = read_json(packed / ABOUT)
+        about = read_json(packed / PACKED)
         contents, files, known = str(about["contents"]), dict(about["files"]), dict(about["tensors"])
         for name in (*files, *files.values()):
             if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
@@ -131,7 +130,7 @@ def _written(source: Path, folder: Path, fingerprint: str) -> Iterator[Path]:
     ):
         for path in (path for pattern in BESIDE for path in source.glob(pattern)):
             name = path.relative_to(source)
-            if path.is_file() and name.name not in (SEAL, ABOUT) and ".index." not in name.name:
+            if path.is_file() and name.name not in (SEAL, PACKED) and ".index." not in name.name:
                 (new / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, new / name)
         yield new

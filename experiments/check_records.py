@@ -17,6 +17,9 @@ from dass.errors import DassError, one_line, told
 from dass.fingerprint import BASELINE, Fingerprint, hashed
 from dass.manifests import FOLDER, read_manifests
 from dass.pruning import NUMERICS
+from dass.pruning.adaptive import AdaptivePruner
+from dass.pruning.blocks import MLP_ROLES
+from dass.pruning.masks import NM
 from dass.record_schema import Machine, Record
 from dass.records import PACKAGES, RECORD_KEYS, paths_in, read_record
 from dass.soundness import require_sound
@@ -128,6 +131,12 @@ def _config(record: dict[str, Any]) -> list[str]:
         for one in record["metrics"]
         if one["metric"] == "perplexity" and one["dataset"] != config["evaluation"]["name"]
     ]
+    wanted, count = plan.config.evaluation.n_windows, len(record["windows"])
+    if count and wanted not in (None, count):
+        faults.append(f"it has {count} windows, and its config asks for {wanted}")
+    if count and "evaluation" not in record["stages"]:
+        faults.append("it has windows without the stage evaluation")
+    faults += _projections(record, plan)
     for part in BASELINE:
         ours, theirs = hashed(part, expected[part]), hashed(part, found[part])
         differing = [key for key in sorted({*ours, *theirs}) if ours.get(key, ...) != theirs.get(key, ...)]
@@ -143,6 +152,27 @@ def _config(record: dict[str, Any]) -> list[str]:
         if known.get(key) is not None and config["model"].get(key) != known[key]:
             faults.append(f"it is called {config['model']['name']}, but is of {config['model'].get(key)}")
     return faults
+
+
+def _projections(record: dict[str, Any], plan: Plan) -> list[str]:
+    """In what the patterns, axes and orders of its projections are not those of its method."""
+    found = []
+    for name, one in record["sparsity"]["projections"].items():
+        pruner = next(iter(plan.pruners.values()), None)
+        if isinstance(pruner, AdaptivePruner) and one["role"] in MLP_ROLES:
+            pruner = pruner.candidates.get(one.get("chosen", ""))
+        elif isinstance(pruner, AdaptivePruner):
+            pruner = pruner.first
+        if pruner is None:
+            found.append(f"{name} is of no method of its config")
+            continue
+        method, axis = pruner.method, str(pruner.method.axis_for(one["role"]))
+        whole_rows = axis == "layer" and isinstance(method.pattern, NM)  # whose groups lie within them
+        expected = {"pattern": str(method.pattern), "axis": "in" if whole_rows else axis}
+        if "order" in one:  # older records do not tell
+            expected["order"] = method.order
+        found += [f"{name} has {key} {one[key]}, and its method {v}" for key, v in expected.items() if one[key] != v]
+    return found[:1]
 
 
 def _reckoned(plan: Plan, dtype: str, found: dict[str, Any]) -> Fingerprint:

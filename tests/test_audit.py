@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dass.audit import as_dict, audit, audit_matrix, facts_of, kernels_for
+from dass.errors import DassError
+from dass.packed_model import pack_model
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured, select_mask
 from dass.pruning.method import Method
@@ -137,6 +139,29 @@ def test_a_checkpoint_of_another_tool(tmp_path, capsys):
     }.items():
         assert re.search(said, rows[f"model.layers.1.{name}"]), rows
     assert "0.5000 of the targeted weights" in out and "bytes on disk" in out
+
+
+@pytest.mark.parametrize(
+    ("stored", "groups", "reads"), [("dense", {}, True), ("sparse-24-bitmask", {}, False), ("dense", {"g": 1}, False)]
+)
+def test_words_of_llm_compressor_beside_plain_weights(tmp_path, capsys, stored, groups, reads):
+    tiny_model().bfloat16().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    said = {"quant_method": "compressed-tensors", "config_groups": groups, "sparsity_config": {"format": stored}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}))
+    if reads:
+        command.main(command.AuditConfig(str(tmp_path / "model")))
+        assert "sparse tensor cores: dense" in capsys.readouterr().out
+    else:
+        with pytest.raises(DassError, match="is quantised"):
+            command.main(command.AuditConfig(str(tmp_path / "model")))
+
+
+def test_a_packed_model_is_to_be_unpacked(tmp_path):
+    tiny_model().bfloat16().save_pretrained(tmp_path / "model")
+    pack_model(tmp_path / "model", tmp_path / "packed")
+    with pytest.raises(DassError, match=r"packed are packed: unpack them with .*unpack=true"):
+        command.main(command.AuditConfig(str(tmp_path / "packed")))
 
 
 def test_a_layout_given_in_words_is_audited_by_its_roles(tmp_path, capsys):

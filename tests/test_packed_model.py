@@ -13,10 +13,11 @@ from torch.sparse._semi_structured_conversions import (
 )
 from transformers import AutoModelForCausalLM
 
+from dass.checkpoint import PACKED
 from dass.errors import DassError
 from dass.folders import SEAL, read_seal
 from dass.kernels import require_executable, semi_structured, speed_up
-from dass.packed_model import ABOUT, load_packed, pack_model, unpack_model
+from dass.packed_model import load_packed, pack_model, unpack_model
 from dass.pruning.masks import NM, Unstructured, select_mask
 from dass.pruning.method import Method
 from dass.pruning.pruner import BlockPruner
@@ -105,15 +106,15 @@ def test_the_command(tmp_path, capsys):
 
 
 def break_about(folder, **changes):
-    about = json.loads((folder / ABOUT).read_text())
-    (folder / ABOUT).write_text(json.dumps(about | changes))
+    about = json.loads((folder / PACKED).read_text())
+    (folder / PACKED).write_text(json.dumps(about | changes))
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda folder: (folder / ABOUT).unlink(), "is no packed model"),
-        (lambda folder: (folder / ABOUT).write_text("{"), "is no packed model"),
+        (lambda folder: (folder / PACKED).unlink(), "is no packed model"),
+        (lambda folder: (folder / PACKED).write_text("{"), "is no packed model"),
         (lambda folder: break_about(folder, files={"../model.safetensors": "x"}), "lies outside of it"),
         (lambda folder: break_about(folder, tensors=[1]), "is no packed model"),
         (lambda folder: break_about(folder, files={"model.safetensors": "absent"}), "absent cannot be read"),
@@ -132,7 +133,7 @@ def test_what_is_no_packed_model_is_one_sentence(tmp_path, damage, said):
 
 
 def _other_pattern(folder):
-    about = json.loads((folder / ABOUT).read_text())
+    about = json.loads((folder / PACKED).read_text())
     about["tensors"]["model.layers.0.mlp.up_proj.weight"]["pattern"] = [1, 4]
     break_about(folder, tensors=about["tensors"])
 

@@ -149,9 +149,11 @@ def test_of_two_axes_the_smaller_one_is_packed():
 def test_patterns_are_found_in_which_weights_are_kept():
     half = torch.rand(64, 96, generator=torch.Generator().manual_seed(0)) < 0.5
     assert nm_along(half) is None and nm_along(half.T) is None  # 30 of 32 would hold, but is not meant
-    for pattern in (NM(2, 4), NM(1, 4), NM(4, 8), NM(1, 3), NM(12, 24), NM(3, 4)):
+    for pattern in (NM(2, 4), NM(1, 4), NM(4, 8), NM(1, 3), NM(12, 24), NM(3, 4), NM(24, 48)):
         keep = select_mask(torch.rand(48, 96), pattern, "in").keep
         assert nm_along(keep) == pattern and nm_along(keep.T.contiguous()) is None
         keep[:, :5] = False  # dead inputs
         assert nm_along(keep) == pattern
+    lines = torch.rand(48, 64).argsort(1) < 32  # as many in each line, which is no 32:64
+    assert nm_along(lines) is None and nm_along(torch.cat([lines, lines], 1)) == NM(32, 64)
     assert nm_along(torch.zeros(4, 8, dtype=torch.bool)) == NM(1, 4) and nm_along(torch.ones(4, 8) > 0) is None

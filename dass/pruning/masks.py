@@ -138,7 +138,7 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
 
 
 def nm_along(lines: Tensor) -> NM | None:
-    """The strictest N:M that weights obey, M <= 32; None where they obey none that is meant.
+    """The strictest N:M that weights obey, M <= 64; None where they obey none that is meant.
 
     None, too, where the fullest group is far from the mean, as some N of 32 holds in any small matrix with zeros; but
     2:4 is always told, since hardware asks for nothing more.
@@ -147,7 +147,9 @@ def nm_along(lines: Tensor) -> NM | None:
         lines: which weights are kept, `(lines, length)` bool; groups of M are consecutive in a line.
     """
     found = []
-    for m in (m for m in range(2, 33) if lines.shape[1] % m == 0):
+    length = lines.shape[1]
+    # above 32, two groups in a line at least: all lines of an unstructured mask keep as many
+    for m in (m for m in range(2, 65) if length % m == 0 and (m <= 32 or m < length)):
         for part in (lines[:64], lines):  # a look at a few lines refuses most
             counts = part.reshape(-1, m).sum(1, dtype=torch.uint8)
             n = max(1, int(counts.max()))

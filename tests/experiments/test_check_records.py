@@ -58,7 +58,9 @@ def paper(perplexity: float, *overrides: str) -> dict[str, Any]:
     record = copy.deepcopy(read_record(DASS)) | {"determinants": plan.fingerprint.parts}
     composed = OmegaConf.to_container(config, resolve=True)
     record["config"] = composed | {"resolved": {"dtype": plan.dtype, "batch_size": 1}}
-    for projection in record["sparsity"]["projections"].values():
+    for projection in record["sparsity"]["projections"].values() if plan.pruners else ():
+        axis = next(iter(plan.pruners.values())).method.axis_for(projection["role"])
+        projection["axis"] = "in" if axis == "layer" and composed["sparsity"]["n"] else axis
         projection["pattern"] = str(Pattern.of(**{key: composed["sparsity"][key] for key in ("ratio", "n", "m")}))
     losses = np.log(perplexity) + 0.1 * np.cos(np.arange(40))
     losses += np.log(perplexity) - losses.mean()
@@ -190,6 +192,31 @@ def test_a_doctored_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wher
     record = read_record(DASS)
     place(record, where, value)
     assert told in faults(tmp_path, record)
+
+
+@pytest.mark.parametrize(("key", "value"), [("axis", "in"), ("pattern", "4:8"), ("order", "spread")])
+def test_a_projection_of_another_method(tmp_path: Path, key: str, value: str) -> None:
+    record = read_record(DASS)
+    name = next(iter(record["sparsity"]["projections"]))
+    record["sparsity"]["projections"][name][key] = value
+    told = faults(tmp_path, record)
+    assert f"{name} has {key} {value}, and its method" in told or (key == "pattern" and "contradict" in told)
+
+
+def test_some_of_the_windows_and_a_stage_that_is_lacking(tmp_path: Path) -> None:
+    record = read_record(DASS)
+    del record["stages"]["evaluation"]
+    assert "windows without the stage evaluation" in faults(tmp_path, record)
+    record = read_record(DASS)
+    kept = record["windows"][::2]
+    record["windows"] = kept
+    (metric,) = record["metrics"]
+    metric["value"] = float(np.exp(np.mean(kept)))
+    metric["stderr"] = metric["value"] * float(np.std(kept, ddof=1)) / len(kept) ** 0.5
+    metric["n"] = metric["windows"] = len(kept)
+    metric["tokens"] = len(kept) * metric["seq_len"]
+    record["metrics"] = [{key: value for key, value in metric.items() if key in read_record(DASS)["metrics"][0]}]
+    assert f"it has {len(kept)} windows, and its config asks for" in faults(tmp_path, record)
 
 
 def test_numbers_of_another_core(tmp_path: Path) -> None:
