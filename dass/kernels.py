@@ -4,6 +4,8 @@ torch's packers take any matrix and keep 2 of 4 along the inputs: of DaSS's gate
 drop 3/16 of the kept weights without a word. Here each matrix is looked at first.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -49,18 +51,21 @@ def semi_structured(weight: Tensor, kernel: str | None = None, name: str = "a la
     return KERNELS[kernel].from_dense(weight.contiguous())
 
 
-def speed_up(model: nn.Module) -> list[str]:
+def speed_up(model: nn.Module, projections: Mapping[str, str] | None = None) -> list[str]:
     """Put semi-structured tensors in the place of the linear layers that the audit calls accelerated; their names.
 
     A layer that is gate and up at once must be so as a whole. torch has no such product for experts of three
     dimensions, nor for GPT-2's transposed layers, which stay as they are.
+
+    Args:
+        projections: see `find_blocks`.
 
     Raises:
         DassError: the model is not on a GPU.
     """
     if next(model.parameters()).device.type != "cuda":
         raise DassError("Semi-structured tensors need a GPU: load the packed model without them.", field="device")
-    names, layers = [], {p.module for block in find_blocks(model) for p in block.projections}
+    names, layers = [], {p.module for block in find_blocks(model, projections) for p in block.projections}
     for name, layer in model.named_modules():
         if layer in layers and isinstance(layer, nn.Linear) and audit_matrix(layer.weight).status == ACCELERATED:
             layer.weight = nn.Parameter(semi_structured(layer.weight.detach(), name=name), requires_grad=False)

@@ -7,7 +7,7 @@ The rest of the folder is copied. config.json is as it was: no other tool is tol
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -98,13 +98,20 @@ def unpack_model(packed: Path, folder: Path) -> None:
                 (new / INDEX).write_text(json.dumps(about["index"], indent=2) + "\n", encoding="utf-8")
 
 
-def load_packed(folder: Path, dtype: str = "auto", device: str = "cpu", kernels: bool = False) -> PreTrainedModel:
+def load_packed(
+    folder: Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    kernels: bool = False,
+    projections: Mapping[str, str] | None = None,
+) -> PreTrainedModel:
     """A packed model in transformers, in evaluation mode.
 
     Args:
         dtype: one of `DTYPES`, or auto: its own.
         device: as torch has it.
         kernels: whether layers that the audit calls accelerated are semi-structured tensors, which needs a GPU.
+        projections: for these, see `find_blocks`.
 
     Raises:
         DassError: what `unpack_model` and `load_model` raise, or there is no GPU.
@@ -114,7 +121,7 @@ def load_packed(folder: Path, dtype: str = "auto", device: str = "cpu", kernels:
         unpack_model(folder, place)
         model = load_model(str(place), None, resolve_dtype(dtype, str(place), None), resolve_device(device))
     if kernels:
-        speed_up(model)
+        speed_up(model, projections)
     return model
 
 
