@@ -15,7 +15,7 @@ from dass.errors import told
 from dass.pruning.stacks import bytes_of
 
 SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-SAFETENSORS |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+SAFETENSORS |= {torch.int64: "I64", torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """The tensors of a file in order: dtype and shape by name."""
 

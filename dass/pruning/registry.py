@@ -12,8 +12,8 @@ from dass.pruning.statistics import STATISTICS
 
 Value = float | int | bool | str
 """A parameter of a criterion or an update."""
-TAKEN = ("name", "criterion", "axis", "update", "order", "order_seed", "exclude", "methods", "candidates", "share")
-"""The words of a method's file that are no parameters."""
+TAKEN = ("name", "criterion", "axis", "update", "order", "order_seed", "exclude")
+"""The words that all methods share, and that are no parameters."""
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,11 @@ def require_pairs(entry: Entry, result: Any, group: list[Rows]) -> None:
     """
     name = entry.function.__name__
     pairs = list(result) if isinstance(result, list | tuple) else []
-    good = [isinstance(one, tuple) and [*map(type, one)] == [Tensor, Mask] for one in pairs]
-    if len(good) != len(group) or not all(good):
+    fits = all(
+        isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], Tensor) and isinstance(one[1], Mask)
+        for one in pairs
+    )
+    if len(pairs) != len(group) or not fits:
         raise DassError(f"The update {name} must return a list of (weight, mask), one for each of {len(group)} layers.")
     for (_, mask), rows in zip(pairs, group, strict=True):
         if entry.function.__module__.partition(".")[0] == "dass" or mask is rows.mask:
