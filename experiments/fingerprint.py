@@ -7,7 +7,7 @@ What a name hides is in it: contents of files, revisions of the hub, the code of
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +23,10 @@ from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.criteria import CRITERIA
 from dass.pruning.order import ORDERS
 from dass.pruning.update import UPDATES
+from dass.records import paths_in, read_records, record_path
 from dass.training.masked import train
 from dass.training.stability import judged
-from dass.training.tiny import recipe_identity, trained_model
+from dass.training.tiny import model_folder, recipe_identity, trained_model
 from experiments.code import code_of
 from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
@@ -35,10 +36,32 @@ Settings = TypeVar("Settings", bound=Any)
 
 
 def fingerprint_of(config: PruneConfig, pruners: Mapping[str, Pruner], dtype: str) -> Fingerprint:
-    """The identity of a run that computes in `dtype`; DassError where a file that it names is not there."""
+    """The identity of a run that computes in `dtype`; DassError where a file that it names is not there.
+
+    Of a model that another machine trained, and this one did not, that of the run whose record came from there.
+    """
     config = pinned(config, calibrates(config, pruners))
     hidden = {part: text_identity(part, getattr(config, part)) for part in texts_read(config, pruners)}
-    return assembled(config, pruners, dtype, hidden | {"model": model_identity(config.model)})
+
+    def with_model(contents: str | None) -> Fingerprint:
+        return assembled(config, pruners, dtype, hidden | {"model": model_identity(config.model, contents)})
+
+    folder = Path(config.results_dir)
+    if config.model.trained is not None and not model_folder(config.model.trained).exists():
+        recipe = recipe_identity(config.model.trained)
+        for contents in sorted(contents for known, contents in _trained_elsewhere(folder) if known == recipe):
+            if record_path(folder, (found := with_model(contents)).id).exists():
+                return found
+    return with_model(None)
+
+
+@cache  # a sweep asks for each of its runs
+def _trained_elsewhere(folder: Path) -> list[tuple[dict[str, Any], str]]:
+    """Recipe and contents of each trained model that the records of a folder are of, once."""
+    records = read_records(folder) if paths_in(folder, ".json") else []
+    models = [record["determinants"]["model"] for record in records]
+    found = {model["contents"]: model["trained"] for model in models if "trained" in model}
+    return [(recipe, contents) for contents, recipe in found.items()]
 
 
 def assembled(

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -21,7 +22,8 @@ from dass.training import fit as fitting
 from dass.training import tiny
 from dass.training.muon import orthogonal
 from dass.training.tiny import Recipe
-from experiments import train_tiny
+from experiments import fingerprint as identities
+from experiments import prune, train_tiny
 from experiments.app import CONF
 from experiments.schema import ModelConfig
 
@@ -434,3 +436,29 @@ def test_the_entry_point_trains_each_once(texts, capsys):
 def test_settings_without_effect_are_refused(changes, says):
     with pytest.raises(DassError, match=says):
         train_tiny.main(OmegaConf.merge(train_tiny.TrainTinyConfig, changes, {"tracking": {"name": "none"}}))
+
+
+def test_a_run_of_a_model_that_another_machine_trained_is_done_where_its_record_is(texts, capsys):
+    def run(**changes):
+        given = {f"++model.trained.{key}": value for key, value in asdict(replace(TOY, steps=2, **changes)).items()}
+        given |= {"model": "tiny_swiglu", "evaluation": "packaged_wiki"}
+        given |= {"evaluation.seq_len": 16, "evaluation.n_windows": 2, "results_dir": texts / "runs", "method": "dense"}
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("prune", [f"{key}={value}" for key, value in given.items()])
+        identities._trained_elsewhere.cache_clear()  # as another process
+        return prune.main(composed)
+
+    fitting.train(replace(TOY, steps=2), lambda point: None)
+    first = run()
+    folder = tiny.trained_model(replace(TOY, steps=2)).rename(texts / "another machine")
+    capsys.readouterr()
+    assert run() == first and "already done, skipping" in capsys.readouterr().out
+    with pytest.raises(DassError, match="train it first"):
+        run(seed=1)
+    with pytest.raises(DassError, match="train it first"):
+        run(activation="relu")
+    folder.rename(tiny.model_folder(replace(TOY, steps=2)))
+    assert run() == first
+    (texts / "runs" / f"{first}.json").unlink()
+    capsys.readouterr()
+    assert run() == first and "already done" not in capsys.readouterr().out
