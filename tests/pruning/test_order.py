@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
@@ -172,6 +174,20 @@ def test_matched_on_a_real_block_keeps_more_than_spread_and_released():
         prune_model(model, BlockPruner(Method("magnitude", AXIS, NM(2, 4), order=chosen)), random_tokens())
         left[chosen] = sum(p.weight.abs().sum() for block in find_blocks(model) for p in block.projections)
     assert max(left["released"], left["spread"]) < left["matched"]
+
+
+def test_matched_takes_little_more_than_the_scores():
+    code = """
+import resource, torch
+from dass.pruning.masks import NM
+from dass.pruning.order import Neurons, matched
+scores = torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0))  # 17 MB; t has 4 MB, looked at 512 times
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+matched(Neurons(2048, NM(2, 4), torch.Generator(), lambda: scores[0], lambda: scores))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 10 * 2048 * 2048 * 4
 
 
 def test_another_order_can_be_registered(monkeypatch):
