@@ -128,7 +128,7 @@ def reorder(block: Block, unit: Unit, permutation: Tensor) -> None:
 
 @torch.no_grad()
 def move(p: Projection, permutation: Tensor) -> None:
-    """Permute what a projection writes (gate, up, v: rows and biases) or reads (down, o: columns), in place."""
+    """Permute what a projection writes (gate, up, v, qkv: rows and biases) or reads (down, o: columns), in place."""
     at = permutation.to(p.weight.device)
     if p.role in ("down", "o"):
         p.weight.copy_(p.weight[:, at])
@@ -136,26 +136,6 @@ def move(p: Projection, permutation: Tensor) -> None:
     p.weight.copy_(p.weight[at])
     if p.bias is not None:
         p.bias.copy_(p.bias[at])
-
-
-def heads_of(block: Block, m: int) -> list[tuple[Tensor, Tensor]]:
-    """Of each head of v its rows `(head_dim,)`, and the columns of o of the query heads that read it, `(g, head_dim)`.
-
-    The rows of one head can be permuted if those columns are, alike. None where attention is not so, or has something
-    that would have to be permuted along, or M does not divide a head.
-    """
-    v, o = (block.attention.get(role) for role in "vo")
-    size = getattr(block.mixer, "head_dim", None)
-    if v is None or o is None or block.mixer is None or not isinstance(size, int) or size % m:
-        return []
-    written, read = v.weight.shape[0], o.weight.shape[1]
-    others = [name for name, p in block.mixer.named_parameters() if p.shape in ((written,), (read,), (size,))]
-    if written % size or read % written or block.attention["q"].weight.shape[0] != read:
-        return []
-    if not all(name.endswith("bias") or name.startswith(("q_", "k_")) for name in others):
-        return []
-    rows = torch.arange(written).view(-1, size)
-    return list(zip(rows, torch.arange(read).view(len(rows), -1, size), strict=True))
 
 
 def _require_no_others(block: Block, unit: Unit) -> None:

@@ -115,6 +115,8 @@ class BlockPruner:
             unit = block.unit_of(p)
             if "intermediate_norm" in needs and unit is not None:
                 found.setdefault(unit.intermediate, False)
+            if self.method.order == "matched" and p.role in ("qkv", "o"):  # by what they read heads are found, and told
+                found.setdefault(p.reads, False)
         return found
 
     @torch.no_grad()

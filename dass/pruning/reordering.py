@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dass.errors import DassError
 from dass.pruning.blocks import Block, Projection, Unit
+from dass.pruning.heads import heads_of, known_heads
 from dass.pruning.masks import NM
 from dass.pruning.method import Method
-from dass.pruning.order import ORDERS, Neurons, heads_of, move, reorder, seeded
+from dass.pruning.order import ORDERS, Neurons, move, reorder, seeded
 from dass.pruning.statistics import Streams
 
 Scores = Callable[[Projection], Tensor]
@@ -28,7 +29,7 @@ def put_in_order(
 
     Returns:
         By the name of each projection that was permuted: what stands at place i now stood at `permutation[i]`; `(f,)`
-        of an MLP, of v the rows and of o the columns.
+        of an MLP, of v (or the qkv that holds it) the rows and of o the columns.
 
     Raises:
         DassError: an MLP has other parameters with one value for each neuron, or a number that M does not divide.
@@ -46,7 +47,7 @@ def put_in_order(
 def require_orders(block: Block, orders: dict[str, Tensor]) -> None:
     """Raise DassError unless permutations from elsewhere, by projection, leave the dense function as it is.
 
-    All of an MLP have one; v and o have one inside each head, alike; other matrices have none.
+    All of an MLP have one; v (or the qkv that holds it) and o have one inside each head, alike; others have none.
     """
     for unit in block.units:
         count = unit.projections["down"].weight.shape[1]
@@ -54,21 +55,9 @@ def require_orders(block: Block, orders: dict[str, Tensor]) -> None:
         if any(len(one) != count or not torch.equal(one, own[0]) for one in own):
             raise DassError(f"The masks of {unit.name} hold several orders of its {count} neurons: load its own.")
     given = {role: orders[p.name] for role, p in block.attention.items() if p.name in orders}
-    if given and not (set(given) == {"v", "o"} and _keeps_heads(block, given["v"], given["o"])):
+    keeps = [one.keep(given[one.v.role], given["o"]) for one in heads_of(block, 1) if set(given) == {one.v.role, "o"}]
+    if given and not any(keeps):
         raise DassError(f"The masks of {block.name} move values between the heads of its attention: load its own.")
-
-
-def _keeps_heads(block: Block, v: Tensor, o: Tensor) -> bool:
-    """Whether each head of v keeps its rows to itself, and o reads them in the same order."""
-    heads = heads_of(block, 1)
-    if not heads or (len(v), len(o)) != (sum(len(rows) for rows, _ in heads), sum(c.numel() for _, c in heads)):
-        return False
-    for rows, columns in heads:
-        found = v[rows] - rows[0]
-        inside = bool((found >= 0).all() and (found < len(rows)).all())
-        if not inside or not torch.equal(o[columns], columns[:, found]):
-            return False
-    return True
 
 
 def _neurons(
@@ -100,22 +89,25 @@ def _heads(
     block: Block, method: Method, chosen: dict[str, Projection], streams: Streams, scores: Scores
 ) -> dict[str, Tensor]:
     """Put what each head of v writes, and o reads, in a matched order; the permutations by projection."""
-    if method.order != "matched" or not isinstance(method.pattern, NM) or not {"v", "o"} <= set(chosen):
+    v, o = chosen.get("v", chosen.get("qkv")), chosen.get("o")
+    if method.order != "matched" or not isinstance(method.pattern, NM) or v is None or o is None:
         return {}
-    v, o, norm = chosen["v"], chosen["o"], streams[chosen["o"].reads].norm()
-    lines = {role: _lines(chosen[role], method, scores) for role in "vo"}
-    at = {role: torch.arange(lines[role].shape[1]) for role in "vo"}
-    for rows, columns in heads_of(block, method.pattern.m):
-        own = [lines["v"][:, rows], *(lines["o"][:, one] for one in columns)]
+    heads = known_heads(block, method.pattern.m, streams)
+    if heads is None:
+        return {}
+    norm, of_v, of_o = streams[o.reads].norm(), _lines(v, method, scores), _lines(o, method, scores)
+    at_v, at_o = torch.arange(v.weight.shape[0]), torch.arange(o.weight.shape[1])
+    for rows, columns in zip(heads.rows, heads.columns, strict=True):
+        own = [of_v[:, rows], *(of_o[:, one] for one in columns)]
         seed = seeded(method.order_seed, f"{v.name} {rows[0]}")
         together = partial(torch.Tensor.sum, norm[columns], 0)
         neurons = Neurons(len(rows), method.pattern, seed, together, partial(torch.cat, own))
         found = ORDERS.find(method.order).function(neurons)
-        at["v"][rows], at["o"][columns] = rows[found], columns[:, found]
-    move(v, at["v"])
-    move(o, at["o"])
-    streams[o.reads].reorder(at["o"])
-    return {v.name: at["v"], o.name: at["o"]}
+        at_v[rows], at_o[columns] = rows[found], columns[:, found]
+    move(v, at_v)
+    move(o, at_o)
+    streams[o.reads].reorder(at_o)
+    return {v.name: at_v, o.name: at_o}
 
 
 def _lines(p: Projection, method: Method, scores: Scores) -> Tensor:

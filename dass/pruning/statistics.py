@@ -36,12 +36,16 @@ class InputStream:
         self.n_tokens = 0
         self.n_sequences = 0
         """Of the calibration so far, whether or not any of their tokens came by; its caller counts them."""
+        self.first: Tensor | None = None
+        """The first token of the first sequence, `(features,)`, which in attention sees itself alone."""
         # in one place: a tensor kept from each batch would split the memory that the next one's activations need
         self._finite = torch.zeros((), dtype=torch.int64, device=device)  # batches until sums are no numbers, for good
         self._starts: list[int] = []  # how many sequences came before each batch
 
     def add(self, x: Tensor) -> None:
         """Add activations `(..., features)`."""
+        if self.first is None and x.numel():
+            self.first = x.detach().reshape(-1, x.shape[-1])[0].to(self.dtype, copy=True)
         self._add(x)
         self._finite += self._squares().sum().isfinite()
         self._starts.append(self.n_sequences)

@@ -86,19 +86,32 @@ def test_masks_in_a_file_hold_their_order_and_fit_the_released_model(layout, tmp
         assert torch.equal(weight, wanted)
 
 
+FUSED = ("phi3", "gpt2", "gpt_neox", "gpt_bigcode", "falcon", "falcon_new", "falcon_serial", "bloom", "mpt")
+FOUR_HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+}  # two read one of the values
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES])
-def test_matched_reorders_inside_the_heads_too(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [*((name, {}) for name in (*ARCHITECTURES, *FUSED)), ("phi3", FOUR_HEADS)]
+)
+def test_matched_reorders_inside_the_heads_too(architecture, changes, tmp_path):
     """The dense model in that order is the same function, and holds the pruned weights."""
-    axis = AXIS | {"q": "in", "k": "in", "v": "out", "o": "in"}
-    model, tokens = tiny_model(architecture, torch.float64), random_tokens(2)
-    expected, by_hand = model(tokens).logits, copy.deepcopy(model)
+    axis = AXIS | {"q": "in", "k": "in", "v": "out", "qkv": "out", "o": "in"}
+    model, tokens = tiny_model(architecture, torch.float64, **changes), random_tokens(2)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))  # biases of new models are zero
+    expected, by_hand, released = model(tokens).logits, copy.deepcopy(model), copy.deepcopy(model)
     masks = prune_model(model, BlockPruner(Method("wanda", axis, NM(2, 4), order="matched"), "all"), tokens)
     moved = 0
     for block in find_blocks(by_hand):
         for unit in block.units:
             reorder(block, unit, masks[unit.projections["up"].name].order)
-        for role in "vo":
+        for role in ("v" if "v" in block.attention else "qkv", "o"):
             p = block.attention[role]
             move(p, masks[p.name].order)
             moved += not torch.equal(masks[p.name].order, torch.arange(len(masks[p.name].order)))
@@ -109,6 +122,13 @@ def test_matched_reorders_inside_the_heads_too(architecture):
             p.weight.masked_fill_(~masks[p.name].keep, 0)
     for weight, wanted in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(weight, wanted, rtol=1e-12, atol=1e-12)
+    packed = PackedMasks()
+    for name, mask in masks.items():
+        packed.add(name, mask)
+    packed.write(tmp_path, {})
+    apply_masks(released, read_masks(tmp_path)[0])
+    for weight, wanted in zip(released.parameters(), model.parameters(), strict=True):
+        assert torch.equal(weight, wanted)
 
 
 @pytest.mark.parametrize("layout", ["mixtral", "gpt2", "phi3", "gpt_oss"])
@@ -248,6 +268,37 @@ def test_the_order_of_an_mlp_is_stored_once(tmp_path):
     packed.write(tmp_path, {})
     for name, mask in read_masks(tmp_path)[0].items():
         assert torch.equal(mask.order, masks[name].order) and torch.equal(mask.keep, masks[name].keep)
+
+
+@torch.no_grad()
+def test_heads_that_cannot_be_told_stay():
+    axis = AXIS | {"q": "in", "qkv": "out", "o": "in"}
+    model = tiny_model("gpt2")
+    for block in model.transformer.h:
+        block.attn.c_attn.register_forward_hook(lambda module, arguments, out: out.flip(-1))  # v is elsewhere
+    masks = prune_model(model, BlockPruner(Method("wanda", axis, NM(2, 4), order="matched"), "all"), random_tokens(2))
+    orders = {name: mask.order for name, mask in masks.items() if ".attn." in name}
+    assert len(orders) == 4 and set(orders.values()) == {None}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_matched_heads_by_a_criterion_that_looks_at_no_input(architecture):
+    axis = AXIS | dict.fromkeys(("q", "k", "v", "qkv", "o"), "in")
+    pruner = BlockPruner(Method("magnitude", axis, NM(2, 4), order="matched"), "all")
+    masks = prune_model(tiny_model(architecture), pruner, random_tokens(2))
+    assert all(mask.order is not None for name, mask in masks.items() if name.endswith(("o_proj", "attn.c_proj")))
+
+
+@torch.no_grad()
+def test_an_order_of_qkv_that_moves_queries_is_refused():
+    masks = prune_model(tiny_model("gpt2"), BlockPruner(Method("magnitude", AXIS, NM(2, 4)), "all"), random_tokens(2))
+    block = find_blocks(tiny_model("gpt2"))[0]
+    qkv, o = block.attention["qkv"].name, block.attention["o"].name
+    for moved in (torch.arange(48).flip(0), torch.arange(47)):
+        wrong = {qkv: dataclasses.replace(masks[qkv], order=moved)}
+        wrong[o] = dataclasses.replace(masks[o], order=torch.arange(16))
+        with pytest.raises(DassError, match="load its own"):
+            apply_masks(tiny_model("gpt2"), masks | wrong)
 
 
 @pytest.mark.parametrize("kind", ["several", "too short", "v alone", "q", "another head"])
