@@ -17,17 +17,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from dass.checkpoint import require_contents
 from dass.claims import Claim
 from dass.data.calibration import calibration_tokens, facts_of
-from dass.data.sources import SOURCES
 from dass.data.tokens import require_in_vocabulary, require_positions
 from dass.distributed import everyone, first, first_before_others, rank, together, world
 from dass.errors import DassError, told
 from dass.evaluation import door
-from dass.evaluation.zero_shot import hub_items
 from dass.memory import note_halved
-from dass.models import load_model, load_tokenizer, model_folder, resolve_dtype
+from dass.models import load_tokenizer, resolve_dtype
 from dass.pruning.comparison import diagnostics
 from dass.pruning.method import Method
 from dass.records import (
@@ -43,10 +40,11 @@ from dass.records import (
 from dass.resume import Kept
 from dass.saving import round_to
 from dass.stages import Stages, release_freed_memory
-from dass.streaming import Shelf, load_streamed
+from dass.streaming import Shelf
 from dass.tracking import log_record, track
 from experiments.app import run_app, sentence
-from experiments.fingerprint import hub_text, source_of
+from experiments.fingerprint import source_of
+from experiments.loading import downloads, load, require_unchanged
 from experiments.methods import name_by_file
 from experiments.notes import note_idle
 from experiments.outputs import command_of, is_ready, is_skipped, save, save_masks, write_metrics
@@ -242,33 +240,6 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
             problems += attempt(record, "save", partial(first, partial(write_metrics, plan, source, record)))
     require_unchanged(plan)
     return record, problems
-
-
-def load(plan: Plan, source: str, scratch: Path, in_memory: str) -> tuple[PreTrainedModel, Shelf | None]:
-    """The model, whole, or with its blocks on a shelf in a folder; `in_memory`: see `brought`."""
-    given = (source, plan.config.model.revision, plan.dtype, plan.device)
-    if in_memory != "whole":
-        return load_streamed(*given, scratch, plan.config.model.projections, by_expert=in_memory == "experts")
-    return load_model(*given, plan.config.model.device_map), None
-
-
-def require_unchanged(plan: Plan) -> None:
-    """Raise DassError if a model folder was changed since the run's identity was told; on the CPU it is mapped."""
-    contents = (plan.fingerprint.parts["model"] or {}).get("contents")
-    if contents is not None:
-        require_contents(Path(source_of(plan.config.model)), contents)
-
-
-def downloads(plan: Plan) -> list[Callable[[], object]]:
-    """What fetches the files of the hub that a run reads, unless they are in the cache; the model's come first."""
-    config, found = plan.config, list[Callable[[], object]]()
-    if config.model.hub_id is not None:
-        found.append(partial(model_folder, config.model.hub_id, config.model.revision))
-    if plan.calibrates and hub_text(config.calibration):
-        found.append(partial(SOURCES[config.calibration.name].fetch, "calibration", config.calibration.revision))
-    if hub_text(config.evaluation):
-        found.append(partial(SOURCES[config.evaluation.name].fetch, "evaluation", config.evaluation.revision))
-    return found + [hub_items] * (config.evaluation.name == "zero_shot")
 
 
 def attempt(record: dict[str, Any], what: str, work: Callable[[], object]) -> list[Exception]:

@@ -5,52 +5,21 @@ what runs through them. A layout that structure does not tell can be given as re
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import takewhile
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from dass.errors import DassError
 from dass.pruning.blocks import MLP_ROLES, Block, Projection, Unit
+from dass.pruning.matrices import Matrix, matrices_of, views_of
 
 MIXER = re.compile(r"^(?!.*norm).*(attn|attention|mamba|rwkv|temporal|shortconv|deltanet)|^conv$", re.IGNORECASE)
 """Names of what mixes tokens, and so is no MLP; no norm is meant by them."""
 DOWN = re.compile(r"down|w2|out|4h_to_h|c_proj|fc2")
 GATE = re.compile(r"gate|w1")
 """Names decide only between matrices of the same shape."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A parameter of a block with two or three dimensions, and where it stands."""
-
-    name: str
-    module: nn.Module
-    parameter_name: str
-    place: str
-    """The module that holds it together with others: an experts module, or the parent of a linear layer."""
-    shape: tuple[int, ...]
-    """As `(out_features, in_features)`; of three dimensions as stored."""
-    transposed: bool
-
-    @property
-    def full_name(self) -> str:
-        """That of the parameter."""
-        return f"{self.name}.weight" if self.parameter_name == "weight" else self.name
-
-    def view(self, role: str, reads: str, **part: object) -> Projection:
-        """A projection on it, or on a part of it."""
-        return Projection(
-            self.name,
-            role,
-            self.module,
-            self.parameter_name,
-            reads,
-            transposed=self.transposed,
-            **part,  # type: ignore[arg-type]
-        )
 
 
 def find_blocks(model: nn.Module, projections: Mapping[str, str] | None = None) -> list[Block]:
@@ -108,25 +77,12 @@ def _hidden_size(model: nn.Module) -> int | None:
     return next((config.hidden_size for config in texts if hasattr(config, "hidden_size")), None)
 
 
-def _matrices(name: str, block: nn.Module) -> Iterator[Matrix]:
-    for path, module in block.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or parameter.numel() == max(parameter.shape) or key.endswith("bias"):
-                continue  # a vector, or one bias for each expert
-            layer = key == "weight"
-            place = path.rpartition(".")[0] if layer else path
-            full = ".".join(part for part in (name, path, "" if layer else key) if part)
-            transposed = isinstance(module, Conv1D)
-            shape = tuple(parameter.T.shape if transposed else parameter.shape)
-            yield Matrix(full, module, key, place, shape, transposed)
-
-
 def _map_block(name: str, module: nn.Module, width: int | None, given: Mapping[str, str]) -> tuple[Block, list[str]]:
     """A block, and the names of its matrices that are neither of an MLP nor of what mixes tokens nor of a router."""
     mixers = _mixers(module)
     inside: list[Matrix] = []
     outside: list[Matrix] = []
-    for matrix in _matrices(name, module):
+    for matrix in matrices_of(name, module):
         path = matrix.name.removeprefix(f"{name}.")
         (inside if any(f"{path}.".startswith(f"{mixer}.") for mixer in mixers) else outside).append(matrix)
     places: dict[str, list[Matrix]] = {}
@@ -181,7 +137,7 @@ def _units(name: str, matrices: list[Matrix], width: int | None) -> list[Unit]:
         return []
     if len(matrices[0].shape) == 2:
         roles = _roles(matrices, width)
-        return [Unit(name, _views(roles))] if roles else []
+        return [Unit(name, views_of(roles))] if roles else []
     if len({m.shape[0] for m in matrices}) != 1:
         return []
     for transposed in (False, True):
@@ -190,7 +146,7 @@ def _units(name: str, matrices: list[Matrix], width: int | None) -> list[Unit]:
             for m in matrices
         ]
         if roles := _roles(turned, width):
-            return [Unit(f"{name}.{e}", _views(roles, e), routed=True) for e in range(matrices[0].shape[0])]
+            return [Unit(f"{name}.{e}", views_of(roles, e), routed=True) for e in range(matrices[0].shape[0])]
     return []
 
 
@@ -209,29 +165,12 @@ def _roles(matrices: list[Matrix], width: int | None) -> dict[str, Matrix] | Non
     if not downs or len(matrices) not in (2, 3):
         return None
     # of several that fit, the width equals that of the intermediate activation, and the name decides
-    down = next((m for m in downs if len(downs) == 1 or DOWN.search(_leaf(m))), downs[-1])
+    down = next((m for m in downs if len(downs) == 1 or DOWN.search(m.leaf)), downs[-1])
     first, *second = [m for m in matrices if m is not down]
     if not second:
         return {"up": first, "down": down} if first.shape[0] == down.shape[1] else dict(gate=first, up=first, down=down)
-    gate = next((m for m in (first, *second) if GATE.search(_leaf(m))), first)
+    gate = next((m for m in (first, *second) if GATE.search(m.leaf)), first)
     return {"gate": gate, "up": next(m for m in (first, *second) if m is not gate), "down": down}
-
-
-def _views(roles: dict[str, Matrix], expert: int | None = None) -> dict[str, Projection]:
-    """The views of one MLP; a part of a parameter carries the expert and the role in its name."""
-    fused = "gate" in roles and roles["gate"] is roles["up"]
-    views = {}
-    for role, matrix in roles.items():
-        view = matrix.view(role, "intermediate" if role == "down" else "mlp input", expert=expert)
-        label = matrix.name if expert is None else f"{matrix.name}.{expert}"
-        if fused and role != "down":
-            label, half = f"{label}.{role}", matrix.shape[0] // 2
-            if getattr(matrix.module, "is_concatenated", True):  # transformers' own word for the halves' order
-                view = replace(view, rows=slice(0, half) if role == "gate" else slice(half, None))
-            else:
-                view = replace(view, rows=slice(0 if role == "gate" else 1, None, 2))
-        views[role] = replace(view, name=label)
-    return views
 
 
 def _labelled(unit: Unit, block: str, several: bool, module: nn.Module) -> Unit:
@@ -283,7 +222,7 @@ def _given_unit(name: str, matrices: list[Matrix], given: Mapping[str, str]) -> 
             f"read what they write.",
             field="model.projections",
         )
-    return [Unit(name, _views(found))]
+    return [Unit(name, views_of(found))]
 
 
 def _attention(matrices: list[Matrix], width: int | None) -> dict[str, Projection]:
@@ -296,7 +235,7 @@ def _attention(matrices: list[Matrix], width: int | None) -> dict[str, Projectio
         if qkv.shape[1] == o.shape[0] and qkv.shape[0] > o.shape[1]:
             roles = {"qkv": qkv, "o": o}
     elif len(matrices) == 4:
-        named = {re.sub(r"^[Ww]_?|_proj.*|_?lin.*", "", _leaf(m))[:1]: m for m in matrices}
+        named = {re.sub(r"^[Ww]_?|_proj.*|_?lin.*", "", m.leaf)[:1]: m for m in matrices}
         q, k, v = (named.pop(letter, None) for letter in "qkv")
         rest = list(named.values())
         if q and k and v and len(rest) == 1 and q.shape[1] == k.shape[1] == v.shape[1] == rest[0].shape[0]:
@@ -304,10 +243,6 @@ def _attention(matrices: list[Matrix], width: int | None) -> dict[str, Projectio
     if width is not None and any(m.shape[1 if role != "o" else 0] != width for role, m in roles.items()):
         return {}
     return {role: m.view(role, "attention output" if role == "o" else "attention input") for role, m in roles.items()}
-
-
-def _leaf(matrix: Matrix) -> str:
-    return matrix.name.rpartition(".")[2]
 
 
 def _describe(lists: dict[str, nn.ModuleList], without: Mapping[str, int]) -> str:
