@@ -5,7 +5,9 @@ What a name hides is in it: contents of files, revisions of the hub, the code of
 """
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,20 +18,23 @@ from dass.checkpoint import model_contents
 from dass.data import assets
 from dass.data.sources import SOURCES, Part, find_source
 from dass.data.tokens import default_bos
+from dass.errors import DassError
 from dass.evaluation import door
 from dass.fingerprint import Fingerprint, hashed
 from dass.models import load_config, load_tokenizer
 from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.criteria import CRITERIA
+from dass.pruning.heads import known_heads
 from dass.pruning.order import ORDERS
 from dass.pruning.update import UPDATES
-from dass.records import paths_in, read_records, record_path
+from dass.records import identity_of, read_records
 from dass.training.masked import train
 from dass.training.stability import judged
 from dass.training.tiny import model_folder, recipe_identity, trained_model
 from experiments.code import code_of
 from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
+from report.reading import runs_of
 
 Settings = TypeVar("Settings", bound=Any)
 """Of an app that reads a model, a calibration and an evaluation, such as `PruneConfig`."""
@@ -46,22 +51,28 @@ def fingerprint_of(config: PruneConfig, pruners: Mapping[str, Pruner], dtype: st
     def with_model(contents: str | None) -> Fingerprint:
         return assembled(config, pruners, dtype, hidden | {"model": model_identity(config.model, contents)})
 
-    folder = Path(config.results_dir)
-    if config.model.trained is not None and not model_folder(config.model.trained).exists():
-        recipe = recipe_identity(config.model.trained)
-        for contents in sorted(contents for known, contents in _trained_elsewhere(folder) if known == recipe):
-            if record_path(folder, (found := with_model(contents)).id).exists():
-                return found
+    trained = config.model.trained
+    if trained is not None and not model_folder(trained).exists():
+        known, done = _trained_elsewhere(Path(config.results_dir))
+        contents = known.get(identity_of(recipe_identity(trained)))
+        if contents and (found := with_model(contents)).id in done:
+            return found
     return with_model(None)
 
 
 @cache  # a sweep asks for each of its runs
-def _trained_elsewhere(folder: Path) -> list[tuple[dict[str, Any], str]]:
-    """Recipe and contents of each trained model that the records of a folder are of, once."""
-    records = read_records(folder) if paths_in(folder, ".json") else []
+def _trained_elsewhere(folder: Path) -> tuple[dict[str, str], set[str]]:
+    """What the records of a folder tell of models that were trained here or elsewhere.
+
+    Returns:
+        By the identity of its recipe, the contents that most of them are of; and the runs that are done.
+    """
+    records: list[dict[str, Any]] = []
+    with suppress(DassError):
+        records = [run.record for run in runs_of(read_records(folder)) if run.record and not run.record["failed"]]
     models = [record["determinants"]["model"] for record in records]
-    found = {model["contents"]: model["trained"] for model in models if "trained" in model}
-    return [(recipe, contents) for contents, recipe in found.items()]
+    counts = Counter((identity_of(one["trained"]), one["contents"]) for one in models if "trained" in one)
+    return dict(key for key, _ in reversed(counts.most_common())), {record["id"] for record in records}
 
 
 def assembled(
@@ -173,6 +184,8 @@ def _method(config: PruneConfig, name: str, pruner: Pruner) -> dict[str, Any]:
     used = [criterion, *map(method.criterion_for, pruner.roles)]
     code = {entry.function.__name__: code_of(entry.function) for entry in used}
     order = {"name": method.order, "seed": method.order_seed, "code": code_of(ORDERS.find(method.order).function)}
+    if method.order == "matched" and pruner.targets == "all":
+        order["heads"] = code_of(known_heads)
     defaults = criterion.parameters() | update.parameters()
     return {
         "name": name,

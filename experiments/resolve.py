@@ -73,11 +73,12 @@ class Plan:
 
     @cached_property
     def dtype(self) -> str:
-        """What is computed in; on the CPU known without fetching the model."""
+        """What is computed in; on the CPU, and of a model trained here, known without its folder."""
         model = self.config.model
         if model.dtype != "auto":
             return resolve_dtype(model.dtype, "", None)
-        return "float32" if self.device.type == "cpu" else resolve_dtype("auto", source_of(model), model.revision)
+        known = self.device.type == "cpu" or model.trained is not None
+        return "float32" if known else resolve_dtype("auto", source_of(model), model.revision)
 
     @property
     def stored(self) -> torch.dtype:

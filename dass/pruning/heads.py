@@ -11,7 +11,7 @@ from dass.pruning.blocks import Block, Projection
 from dass.pruning.statistics import Streams
 
 NEAR = 0.05
-"""By how much of its norm what o read of a token may differ from what v wrote for it; 16-bit numbers round."""
+"""By how much of its norm what a head of o read of a token may differ from what v wrote; 16-bit numbers round."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class Heads:
         return True
 
     def fit(self, streams: Streams) -> bool:
-        """Whether o read of the first token what these rows wrote: it attends to itself alone, so that it sees them."""
+        """Whether each head of o read of the first token what these rows wrote.
+
+        In causal attention it attends to itself alone, so that it reads its own values as they are; where something is
+        added to or taken from them (a sink, a clip), they do not fit.
+        """
         x, read = (streams[p.reads].first for p in (self.v, self.o))
         if x is None or read is None:
             return False
@@ -51,7 +55,8 @@ class Heads:
             written = written + self.v.bias.to(x.dtype)
         found = read[self.columns.to(read.device)]
         expected = written.to(read.device)[self.rows.to(read.device)][:, None]
-        return bool((found - expected).norm() <= NEAR * found.norm()) and bool(found.norm() > 0)
+        size = found.norm(dim=-1)
+        return bool((((found - expected).norm(dim=-1) <= NEAR * size) & (size > 0)).all())
 
 
 def heads_of(block: Block, m: int) -> list[Heads]:
@@ -82,6 +87,9 @@ def heads_of(block: Block, m: int) -> list[Heads]:
 
 
 def known_heads(block: Block, m: int, streams: Streams) -> Heads | None:
-    """The heads of a block, told by what it reads where q, k and v are one matrix; of several processes the first's."""
+    """The heads of a block; None where they cannot be told.
+
+    Where q, k and v are one matrix, what o read of the first token tells how they are stacked, in the first process.
+    """
     found = heads_of(block, m)
     return next((one for one in found if one.v.role == "v" or first(partial(one.fit, streams))), None)

@@ -108,6 +108,8 @@ class BlockPruner:
     def needs(self, block: Block) -> Needs:
         """What must be seen in this block."""
         found: Needs = {}
+        roles = {p.role for p in self.projections(block)}
+        looks_inside = self.method.order == "matched" and "o" in roles and bool({"v", "qkv"} & roles)
         for p in self.projections(block):
             needs = self.method.needs_for(p.role)
             if own := needs - {"intermediate_norm"}:
@@ -115,7 +117,7 @@ class BlockPruner:
             unit = block.unit_of(p)
             if "intermediate_norm" in needs and unit is not None:
                 found.setdefault(unit.intermediate, False)
-            if self.method.order == "matched" and p.role in ("qkv", "o"):  # by what they read heads are found, and told
+            if looks_inside and p.role in ("qkv", "o"):  # by what they read heads are told, and sorted
                 found.setdefault(p.reads, False)
         return found
 
@@ -124,7 +126,8 @@ class BlockPruner:
         """Choose the masks of a block and set its weights, those of one input together.
 
         Only updates of whole MLPs look at the outputs of the block.
-        The host waits for the device before a weight is changed and at the end, and once more for each Hessian.
+        The host waits for the device before a weight is changed and at the end, once more for each Hessian, and where
+        an order is looked for.
 
         Raises:
             DassError: scores or new weights that are not finite, or a Hessian that cannot be factorised; names the

@@ -76,6 +76,7 @@ class InputStream:
     def reorder(self, permutation: Tensor) -> None:
         """Let feature i be what feature `permutation[i]` was."""
         at = permutation.to(self._products.device)
+        self.first = None if self.first is None else self.first[at]
         self._products = self._symmetric()[at][:, at] if self.with_hessian else self._products[at]
 
     def norm(self) -> Tensor:

@@ -281,6 +281,22 @@ def test_heads_that_cannot_be_told_stay():
     assert len(orders) == 4 and set(orders.values()) == {None}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gpt_neox", "bloom"])
+def test_a_head_that_outweighs_the_others_does_not_speak_for_them(architecture):
+    axis = AXIS | {"q": "in", "qkv": "out", "o": "in"}
+    model, tokens = tiny_model(architecture, torch.float64), random_tokens(2)
+    for block in find_blocks(model):
+        qkv, o = block.attention["qkv"], block.attention["o"]
+        qkv.weight[-8:] *= 100
+        qkv.bias[-8:] *= 100
+        o.weight[:, -8:] /= 100
+    expected, by_hand = model(tokens).logits, copy.deepcopy(model)
+    masks = prune_model(model, BlockPruner(Method("wanda", axis, NM(2, 4), order="matched"), "all"), tokens)
+    apply_masks(by_hand, {name: dataclasses.replace(m, keep=torch.ones_like(m.keep)) for name, m in masks.items()})
+    torch.testing.assert_close(by_hand(tokens).logits, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_matched_heads_by_a_criterion_that_looks_at_no_input(architecture):
     axis = AXIS | dict.fromkeys(("q", "k", "v", "qkv", "o"), "in")

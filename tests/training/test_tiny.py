@@ -457,8 +457,15 @@ def test_a_run_of_a_model_that_another_machine_trained_is_done_where_its_record_
         run(seed=1)
     with pytest.raises(DassError, match="train it first"):
         run(activation="relu")
+    path = texts / "runs" / f"{first}.json"
+    good = path.read_text()
+    for bad in (good.replace('"failed": {}', '"failed": {"evaluation": "no"}'), '{"determinants": {}}', "[]"):
+        path.write_text(bad)
+        with pytest.raises(DassError, match="train it first"):
+            run()
+    path.write_text(good)
     folder.rename(tiny.model_folder(replace(TOY, steps=2)))
     assert run() == first
-    (texts / "runs" / f"{first}.json").unlink()
+    path.unlink()
     capsys.readouterr()
     assert run() == first and "already done" not in capsys.readouterr().out
