@@ -47,8 +47,8 @@ def put_in_order(
 def require_orders(block: Block, orders: dict[str, Tensor]) -> None:
     """Raise DassError unless permutations from elsewhere, by projection, leave the dense function as it is.
 
-    All of an MLP have one; v and o have one inside each head, alike; others have none. That of a qkv must fit one of two
-    ways to stack it: weights alone do not tell which is the model's.
+    All of an MLP have one; v and o have one inside each head, alike; others have none. That of a qkv must fit one of
+    two ways to stack it: weights alone do not tell which is the model's.
     """
     for unit in block.units:
         count = unit.projections["down"].weight.shape[1]
