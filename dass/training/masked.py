@@ -8,7 +8,6 @@ run that is killed goes on to the same weights, and one that diverges leaves its
 import contextlib
 import hashlib
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,12 +20,13 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from dass.errors import DassError, told
+from dass.errors import DassError
 from dass.progress import progress
 from dass.pruning.blocks import Block, kept_of_parameters
 from dass.records import identity_of
 from dass.training.checkpoint import go_on
 from dass.training.checkpoint import keep as keep_checkpoint
+from dass.training.lora import adapted
 
 LOSSES = ("next", "distill")
 MAX_GRADIENT_NORM = 1.0
@@ -212,7 +212,7 @@ def _trainable(model: PreTrainedModel, keep: Keep, recipe: Recipe) -> Iterator[d
     """The weights that are trained, by name, under their masks; at the end they are the model's own, masked."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        adapters = _adapted(model, recipe) if recipe.lora_rank else {}
+        adapters = adapted(model, recipe.lora_rank, recipe.lora_targets) if recipe.lora_rank else {}
     bases = {id(adapter.base_layer): adapter for adapter in adapters.values()}
     masks = dict(keep)
     for adapter in adapters.values():
@@ -233,38 +233,6 @@ def _trainable(model: PreTrainedModel, keep: Keep, recipe: Recipe) -> Iterator[d
         for name, adapter in adapters.items():
             model.set_submodule(name, adapter.base_layer)
         model.requires_grad_(False)
-
-
-def _adapted(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
-    """Put an adapter around each target; peft's layers by the name of what they stand for."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise DassError(
-            "LoRA needs the package peft: install it with `pip install '.[finetune]'`, or set finetune.lora_rank=0.",
-            "finetune.lora_rank",
-        ) from None
-    what = f"lora_targets={recipe.lora_targets} is not a regular expression"
-    with told(what, "correct it", re.error, field="finetune.lora_targets"):
-        fits = re.compile(recipe.lora_targets)
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and fits.search(name)]
-    if not names:
-        raise DassError(
-            f"lora_targets={recipe.lora_targets} matches no linear layer of the model (torch.nn.Linear; experts and "
-            f"Conv1D take no adapter): name some that are there.",
-            "finetune.lora_targets",
-        )
-    embedding = model.get_input_embeddings().weight
-    if tied := [name for name in names if model.get_submodule(name).weight is embedding]:
-        raise DassError(
-            f"lora_targets={recipe.lora_targets} matches {tied[0]}, whose weight is the embedding's: leave it out.",
-            "finetune.lora_targets",
-        )
-    targets = [f"model.{name}" for name in names]
-    config = LoraConfig(r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=targets)
-    # in a plain module, as peft would adapt the experts of some models in the place of what is named
-    inject_adapter_in_model(config, nn.ModuleDict({"model": model}))
-    return {name: model.get_submodule(name) for name in names}
 
 
 def _order(count: int, recipe: Recipe) -> Tensor:

@@ -26,7 +26,7 @@ from dass.pruning.criteria import CRITERIA, criterion
 from dass.records import RECORD_KEYS
 from dass.sparsity import apply_masks, read_masks
 from experiments import fingerprint as identities
-from experiments import outputs, plan, train_tiny  # noqa: F401  (their typed configs)
+from experiments import loading, outputs, plan, train_tiny  # noqa: F401  (their typed configs)
 from experiments import prune as app
 from experiments.app import CONF
 from experiments.methods import name_by_file
@@ -217,7 +217,7 @@ def test_what_was_written_and_changed_since_is_not_done(setting, tmp_path, capsy
 @pytest.mark.parametrize("how", ["in place", "replaced"])
 def test_a_model_that_changes_during_a_run_bears_no_identity(setting, tmp_path, monkeypatch, when, how):
     """It is hashed first, read later, and mapped into memory until the end."""
-    module, name = {"load": (app, "load_model"), "walk": (app, "prune"), "evaluation": (app, "score")}[when]
+    module, name = {"load": (loading, "load_model"), "walk": (app, "prune"), "evaluation": (app, "score")}[when]
     work, path = getattr(module, name), tmp_path / "model" / "model.safetensors"
 
     def meanwhile(*arguments, **named):
