@@ -96,12 +96,15 @@ Made by [the DaSS reproduction](https://arxiv.org/abs/2405.01943) with
 def source_licence(source: str, revision: str | None) -> str | None:
     """The licence that a model's card, or the provenance of a packaged one, tells; None where neither does."""
     folder = _beside(source, revision)
+    found = None
     if folder is not None and (folder / CARD).is_file():
         with contextlib.suppress(Exception):  # the header may hold anything
-            return ModelCard.load(folder / CARD).data.license
-    if folder is not None and (folder / "provenance.json").is_file():
-        return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["licence"]
-    return None
+            data = ModelCard.load(folder / CARD).data
+            found = data.license_name if data.license == "other" and data.license_name else data.license
+    if folder is not None and found is None and (folder / "provenance.json").is_file():
+        with contextlib.suppress(Exception):  # it may be somebody else's
+            found = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["licence"]
+    return None if found is None else ", ".join(map(str, found if isinstance(found, list) else [found]))
 
 
 @torch.no_grad()

@@ -112,10 +112,10 @@ def prune(
     before = time.perf_counter()
     rare, projections = config.calibration.min_expert_tokens, config.model.projections
     one_by_one = shelf is not None and shelf.by_expert
+    fixed = all(pruner.targets == "mlp" for pruner in plan.pruners.values())
     hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=writes)
-    for step in walk(
-        model, calibration, needs, size, rare, projections, hold, start, done, scratch=kept.folder, halved=halved
-    ):
+    steps = walk(model, calibration, needs, size, rare, projections, hold, start, done, kept.folder, halved, fixed)
+    for step in steps:
         counts: list[tuple[int, int]] = []
         if plan.compares:
             walked.measured.append(compare_block(plan.compared, step.block, step.streams, step.outputs, step.rare))

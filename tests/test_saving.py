@@ -213,6 +213,26 @@ def test_the_licence_of_a_packaged_model_is_in_its_provenance(tmp_path):
     assert source_licence(str(tmp_path), None) == "CC0-1.0"
 
 
+@pytest.mark.parametrize(
+    ("header", "licence"),
+    [
+        ("license:\n- apache-2.0\n- mit", "apache-2.0, mit"),
+        ("license: 1.0", "1.0"),
+        ("license: other\nlicense_name: deepseek", "deepseek"),
+        ("license: other", "other"),
+        ("license: [", None),
+    ],
+)
+@pytest.mark.parametrize("provenance", ["{}", "[", "[]", "7"])  # another tool's
+def test_no_licence_stops_a_model_from_being_saved(tmp_path, header, licence, provenance):
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# m\n")
+    (tmp_path / "provenance.json").write_text(provenance)
+    found = source_licence(str(tmp_path), None)
+    assert found == licence
+    card = model_card("m", "a/b", found, "command", {})
+    assert licence is None or licence in card
+
+
 # the folder
 
 

@@ -94,7 +94,7 @@ class Source:
         return found
 
     def identity(self, path: str | Path | None, revision: str | None) -> dict[str, str | None]:
-        """What the name hides: checksums, the revision, and the code of a source that is not of this file."""
+        """What the name hides: checksums, the revision, and the code of a source that is none of `OURS`."""
         found: dict[str, str | None] = {}
         if self.asset is not None:
             found["sha256"] = assets.packaged_sha256(self.asset)
@@ -102,12 +102,14 @@ class Source:
             found |= {"sha256": sha256_of(Path(path)), "suffix": suffix_of(Path(path))}
         elif self.repository is not None or "revision" in self.parameters:
             found["revision"] = revision
-        if self.read.__module__ != __name__:
+        if self.name not in OURS or self.read.__module__ != __name__:
             with contextlib.suppress(OSError):  # typed into a shell
                 found["code"] = inspect.getsource(self.read)
         return found
 
 
+OURS = ("c4", "wikitext2", "packaged_c4", "packaged_wiki", "text_file", "tokens_file")
+"""Whose code is not part of an identity: `NUMERICS` stands for it."""
 SOURCES: dict[str, Source] = {}
 
 

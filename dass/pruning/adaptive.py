@@ -44,6 +44,11 @@ class AdaptivePruner:
         """The first candidate."""
         return next(iter(self.candidates.values()))
 
+    @property
+    def targets(self) -> str:
+        """The same for all candidates, see `BlockPruner`."""
+        return self.first.targets
+
     def projections(self, block: Block) -> list[Projection]:
         """The projections of a block that are pruned."""
         return self.first.projections(block)

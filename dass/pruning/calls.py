@@ -17,6 +17,7 @@ from dass.forward import replaced_forward
 from dass.memory import Halved, attempted, half, note_halved
 from dass.pruning.blocks import Block, Hold
 from dass.pruning.call import Call, alike, may_change
+from dass.pruning.mixed import Mixed
 from dass.pruning.parked import Parked
 
 Forward = Callable[[], object]
@@ -192,7 +193,7 @@ def outputs_of(
     index: int,
     block: Block,
     smaller: Callable[[Activations, int], None],
-    mixed: Parked | None = None,
+    mixed: Mixed | None = None,
     wanted: range | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -200,8 +201,7 @@ def outputs_of(
 
     Args:
         smaller: see `halve`; does it to the batches for which the memory of the device does not suffice.
-        mixed: what the mixer returned for each batch, to be replayed; None where it runs again, and empty from where
-            batches were halved.
+        mixed: what the mixer returned for each batch, to be replayed; None where it runs again.
         wanted: sequences; batches with none of them are left out. None: all.
         dtype: of the hidden states and of what else the block is given; None: as they are.
     """
@@ -214,7 +214,7 @@ def outputs_of(
         result = attempted(partial(_output, activations, index, block, mixed, i, dtype))
         if result is None:
             if mixed is not None:
-                mixed.clear()
+                mixed.cut()
             smaller(activations, i)
         else:
             yield i, result
@@ -222,9 +222,9 @@ def outputs_of(
 
 
 def _output(
-    activations: Activations, index: int, block: Block, mixed: Parked | None, i: int, dtype: torch.dtype | None
+    activations: Activations, index: int, block: Block, mixed: Mixed | None, i: int, dtype: torch.dtype | None
 ) -> Tensor:
-    call, hidden, output = activations.calls[i][index], activations.batches[i], mixed[i] if mixed else None
+    call, hidden, output = activations.calls[i][index], activations.batches[i], None if mixed is None else mixed[i]
     if dtype not in (None, hidden.dtype):
         call, hidden = call.in_dtype(dtype), hidden.to(dtype)
         output = tree_map_only(Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, output)

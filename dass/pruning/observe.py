@@ -12,7 +12,7 @@ from dass.forward import replaced_forward
 from dass.pruning.blocks import Block, Projection, Unit
 from dass.pruning.call import Call
 from dass.pruning.calls import Activations
-from dass.pruning.parked import Parked
+from dass.pruning.mixed import Mixed
 from dass.pruning.products import Stop, Watch, extent_of
 from dass.pruning.pruner import Needs
 from dass.pruning.statistics import InputStream, Streams
@@ -141,12 +141,12 @@ def through_one(
     activations: Activations,
     index: int,
     mixer: nn.Module | None,
-    mixed: Parked,
+    mixed: Mixed,
 ) -> Streams:
     """The statistics of one expert of block `index` if all tokens ran through it, each as often as it is routed.
 
     Args:
-        mixed: what the mixer returned for each batch; empty where it runs again.
+        mixed: what the mixer returned for each batch.
     """
     expert = unit.projections["down"].expert
     if expert is None:
@@ -157,7 +157,7 @@ def through_one(
     own = {p.reads: streams[p.reads].with_hessian for p in unit.projections.values() if p.reads in streams}
     found = open_streams(block, own)
     for i, (hidden, calls) in enumerate(zip(activations.batches, activations.calls, strict=True)):
-        output = mixed[i] if mixed else None
+        output = mixed[i]
         observe(block, mixer if output is not None else None, found, hidden, calls[index], output, expert)
     return found
 

@@ -22,10 +22,10 @@ from dass.errors import DassError
 from dass.memory import Halved, attempted, note_halved
 from dass.pruning.adaptive import AdaptivePruner
 from dass.pruning.blocks import Block, Hold, resident
-from dass.pruning.call import Call
 from dass.pruning.calls import Activations, enter_first_block, halve, outputs_of
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import Mask
+from dass.pruning.mixed import Mixed
 from dass.pruning.observe import eager_experts, observe, open_streams, require_enough_tokens, through_one
 from dass.pruning.outputs import Outputs
 from dass.pruning.parked import Parked
@@ -59,6 +59,7 @@ def walk(
     done: Callable[[int, Iterable[Tensor]], None] = lambda index, batches: None,
     scratch: Path | None = None,
     halved: Halved = note_halved,
+    fixed_mixers: bool = True,
 ) -> Iterator[Step]:
     """Visit the blocks of a causal language model in order; each is run again once the caller has set its weights.
 
@@ -78,9 +79,12 @@ def walk(
             hand state to each other, so that a later walk could not begin between them.
         scratch: a folder, which may be made, for activations that have no room in memory; see `Parked`.
         halved: is told of a smaller batch size, from where on the memory of the device does not suffice for it.
+        fixed_mixers: attention is changed only where what it reads is needed; where it is not, what it gives may take
+            the place of what enters the block, see `Mixed`.
 
     Raises:
-        DassError: unknown layout, missing calibration, activations that are not finite, too little memory.
+        DassError: unknown layout, missing calibration, activations that are not finite, too little memory, or attention
+            that was changed although `fixed_mixers`.
     """
     blocks = find_blocks(model, projections)
     wanted = any(map(needs, blocks))
@@ -105,7 +109,11 @@ def walk(
                     activations = enter_first_block(model, blocks, tokens, scratch, halved)
                     activations.n_sequences = n_sequences
                 is_last = index + 1 == len(blocks)
-                yield from _visit(index, block, needs(block), activations, min_expert_tokens, is_last, smaller)
+                mixed = None
+                if activations is not None:
+                    may_add = fixed_mixers and not activations.share_state
+                    mixed = Mixed(activations.batches, activations.calls, index, block, may_add)
+                yield from _visit(index, block, needs(block), activations, mixed, min_expert_tokens, is_last, smaller)
             if activations is None or not activations.share_state:
                 done(index + 1, [] if activations is None else activations.batches)
 
@@ -115,6 +123,7 @@ def _visit(
     block: Block,
     needs: Needs,
     activations: Activations | None,
+    mixed: Mixed | None,
     min_expert_tokens: int | None,
     is_last: bool,
     smaller: Callable[[Activations, int], None],
@@ -122,41 +131,41 @@ def _visit(
     """One block of the walk, whose outputs replace the activations unless it is the last; `smaller`: see `halve`."""
     streams: Streams = {}
     rare: dict[str, int] = {}
-    mixed: Parked | None = None
-    if activations is not None and needs:
+    if activations is not None and mixed is not None and needs:
         # where attention is to be pruned, its dense outputs are of no use later
         mixer = None if any(p.reads in needs for p in block.attention.values()) else block.mixer
-        observing = partial(_observed, activations, index, block, needs, mixer)
+        observing = partial(_observed, activations, index, block, needs, mixer, mixed)
         while (seen := attempted(observing)) is None:  # all batches anew, so that none is counted twice
+            mixed.cut()
             smaller(activations, 0)
-        streams, mixed = seen
-        add_up(streams)
+        streams = add_up(seen)
         rare = require_enough_tokens(block, streams, activations, min_expert_tokens)
         for unit in (unit for unit in block.units if unit.name in rare):
             through = partial(through_one, block, unit, streams, activations, index, mixer, mixed)
             while (found := attempted(through)) is None:
-                mixed.clear()
+                mixed.cut()
                 smaller(activations, 0)
             streams |= add_up(found)
     before = _versions(block.mixer)
     yield Step(index, block, streams, rare, partial(_outputs, activations, index, block, smaller, mixed))
-    replayed = mixed if _versions(block.mixer) == before else None
+    if mixed is not None and _versions(block.mixer) != before:
+        mixed.forget()
     broadcast(block.module.parameters())
     if activations is not None and not is_last:
-        for i, hidden in outputs_of(activations, index, block, smaller, replayed):
+        for i, hidden in outputs_of(activations, index, block, smaller, mixed):
             activations.batches[i] = hidden
-            if replayed:
-                replayed[i] = None
+            if mixed is not None:
+                mixed.drop(i)
 
 
 def _observed(
-    activations: Activations, index: int, block: Block, needs: Needs, mixer: nn.Module | None
-) -> tuple[Streams, Parked]:
-    """The statistics of a dense block, and what its mixer returned for each batch."""
+    activations: Activations, index: int, block: Block, needs: Needs, mixer: nn.Module | None, mixed: Mixed
+) -> Streams:
+    """The statistics of a dense block; what its mixer returned for each batch is kept."""
     streams = open_streams(block, needs)
-    outputs = (observe(block, mixer, streams, hidden, call) for hidden, call in _each(activations, index))
-    mixed = activations.batches.beside(outputs)  # which runs them
-    return streams, mixed
+    for i, (hidden, calls) in enumerate(zip(activations.batches, activations.calls, strict=True)):
+        mixed.keep(i, observe(block, mixer, streams, hidden, calls[index], mixed[i]))
+    return streams
 
 
 @torch.no_grad()
@@ -180,7 +189,8 @@ def prune_model(
         DassError: what `walk`, `BlockPruner.check` and `BlockPruner.prune` raise.
     """
     pruner.check(find_blocks(model, projections))
-    steps = walk(model, input_ids, pruner.needs, batch_size, min_expert_tokens, projections)
+    fixed = pruner.targets == "mlp"
+    steps = walk(model, input_ids, pruner.needs, batch_size, min_expert_tokens, projections, fixed_mixers=fixed)
     pruned = [one for step in steps for one in pruner.prune(step.block, step.streams, step.outputs)]
     for one in pruned:
         broadcast(part for part in (one.mask.keep, one.mask.order) if part is not None)
@@ -192,18 +202,12 @@ def _versions(module: nn.Module | None) -> list[tuple[int, int]]:
     return [(id(p), p._version) for p in module.parameters()] if module is not None else []
 
 
-def _each(activations: Activations, index: int) -> Iterator[tuple[Tensor, Call]]:
-    """Every batch with the call of block `index`."""
-    for hidden, calls in zip(activations.batches, activations.calls, strict=True):
-        yield hidden, calls[index]
-
-
 def _outputs(
     activations: Activations | None,
     index: int,
     block: Block,
     smaller: Callable[[Activations, int], None],
-    mixed: Parked | None,
+    mixed: Mixed | None,
     share: float = 1.0,
     sequences: range | None = None,
 ) -> Iterator[Tensor]:

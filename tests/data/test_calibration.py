@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dass.data import assets
+from dass.data import assets, sources
 from dass.data.calibration import calibration_tokens
 from dass.data.sources import SOURCES, find_source, source, wikitext2
 from dass.data.tokens import draw_documents, draw_joined, require_in_vocabulary
@@ -172,12 +172,14 @@ def test_a_source_from_outside(letters):
         calibration_tokens("letters", tiny_tokenizer(), None, 6, 10, 0, "none", True)
 
 
-def test_identities_are_of_what_a_name_hides(letters, tmp_path):
+def test_identities_are_of_what_a_name_hides(letters, tmp_path, monkeypatch):
     found = find_source("letters", "calibration").identity(letters, None)
     digest = hashlib.sha256(letters.read_bytes()).hexdigest()
     assert (found["sha256"], found["suffix"]) == (digest, ".letters") and 'path.read_text().split("\\f")' in found[
         "code"
     ]
+    monkeypatch.setattr(find_source("letters", "calibration").read, "__module__", sources.__name__)  # README: in there
+    assert "code" in find_source("letters", "calibration").identity(letters, None)
     text = find_source("text_file", "evaluation")
     one, other = tmp_path / "a.txt", tmp_path / "b.txt"
     one.write_text("w3")

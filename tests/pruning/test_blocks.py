@@ -207,11 +207,14 @@ def test_experts_in_a_list_are_units():
     blocks = find_blocks(model)
     assert [unit.name for unit in blocks[1].units] == [f"model.layers.1.mlp.experts.{e}" for e in range(4)]
     assert all(unit.routed for unit in blocks[1].units)
-    seen = {}
-    for e, expert in enumerate(model.model.layers[0].mlp.experts):
+    seen, input_ids = {}, random_tokens(12)
+    hooks = [
         expert.down_proj.register_forward_pre_hook(lambda m, a, e=e: seen.update({e: a[0]}))
-    input_ids = random_tokens(12)
+        for e, expert in enumerate(model.model.layers[0].mlp.experts)
+    ]
     model(input_ids)
+    for hook in hooks:
+        hook.remove()
     step = next(iter(walk(model, input_ids, BlockPruner(WANDA).needs, batch_size=12)))
     for e, h in seen.items():
         stream = step.streams[f"mlp.experts.{e}: intermediate"]

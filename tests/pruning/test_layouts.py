@@ -10,6 +10,7 @@ from dass.errors import DassError
 from dass.pruning.criteria import CRITERIA, criterion
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import Method
+from dass.pruning.parked import Parked
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model, walk
 from tests.models import LAYOUTS, random_tokens, tiny_model
@@ -44,7 +45,7 @@ def both_walks(model, layout, method, targets="mlp", n_sequences=5, min_expert_t
     """
     expected, input_ids, pruner = copy.deepcopy(model), random_tokens(n_sequences), BlockPruner(method, targets)
     rare = []
-    for step in walk(model, input_ids, pruner.needs, 2, min_expert_tokens):
+    for step in walk(model, input_ids, pruner.needs, 2, min_expert_tokens, fixed_mixers=targets == "mlp"):
         assert {stream.n_sequences for stream in step.streams.values()} <= {n_sequences}
         pruner.prune(step.block, step.streams)
         rare.append({name.removeprefix(f"{step.block.name}."): n for name, n in step.rare.items()})
@@ -178,6 +179,31 @@ def tied():
 def test_attention_that_is_pruned_without_statistics_runs_again(layout, tied):
     """What enters the next block must come from the pruned attention, though the walk need not look at it."""
     both_walks(fresh(layout), layout, tied, "all")
+
+
+@torch.no_grad()
+def test_attention_that_is_changed_unforeseen_is_told(tied):
+    """What entered the block is gone: x + m stands in its place."""
+    model = fresh("llama_biased")
+    for step in (steps := walk(model, random_tokens(2), BlockPruner(tied).needs)):
+        step.block.attention["o"].weight.mul_(0.5)
+        break
+    with pytest.raises(DassError, match=r"of model.layers.0 was changed.*fixed_mixers=False"):
+        next(steps)
+
+
+ADDING = {"llama_biased": True, "phi3": True, "gpt2": True, "qwen2_moe": True, "opt": True}
+ADDING |= {"gpt_neox": False, "falcon": False, "bloom": False, "gemma3": False}
+
+
+@pytest.mark.parametrize("layout", ADDING)
+@torch.no_grad()
+def test_what_attention_gave_takes_no_memory_of_its_own(layout, monkeypatch):
+    """Where the block adds it and reads nothing else of what entered; elsewhere both are kept, batch by batch."""
+    beside = []
+    monkeypatch.setattr(Parked, "beside", lambda self, values: beside.append(1) or Parked(self.device, values=values))
+    next(iter(walk(fresh(layout), random_tokens(2), BlockPruner(method("wanda", "2:4")).needs)))
+    assert bool(beside) != ADDING[layout]
 
 
 @pytest.mark.parametrize(("targets", "exclude", "runs"), [("all", None, 4), ("all", "attn", 2), ("mlp", None, 2)])
