@@ -1,13 +1,15 @@
 """Load a causal language model from the hub or a folder, and refuse what cannot be pruned."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -136,11 +138,11 @@ def load_model(
     require_places(model, stored, loading, source)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise DassError(f"{source} does not fit the GPUs: use more, or memory=stream on one.", "model.device_map")
-    for name, parameter in model.named_parameters():
-        if dtype == "float16" and not finite(parameter):
+    for name, tensor in named_weights(model):
+        if dtype == "float16" and not finite(tensor):
             why = f"hold NaN or infinite values as float16, whose largest is {torch.finfo(torch.float16).max:g}"
             raise DassError(f"The weights {name} of {source} {why}: choose model.dtype=bfloat16.", "model.dtype")
-        require_finite(parameter, f"The weights {name} of {source}")
+        require_finite(tensor, f"The weights {name} of {source}")
     return model.eval().requires_grad_(False)
 
 
@@ -148,7 +150,7 @@ def from_folder(
     folder: Path, config: Any, source: str, dtype: str, device_map: Any, offload_folder: Path | None = None
 ) -> tuple[PreTrainedModel, Any]:
     """transformers' own loading, from a folder alone: the model, and what was missing or left over."""
-    with _loading(source), _quiet():
+    with _loading(source), _writing(offload_folder), _quiet():
         return auto_class(config).from_pretrained(
             folder,
             config=config,
@@ -187,6 +189,13 @@ def batch_size_for(model: PreTrainedModel, seq_len: int) -> int:
     return 2 ** min(4, max(0, int(GPU_ACTIVATIONS / per_sequence).bit_length() - 1))
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All numbers in floating point that a checkpoint holds, once: parameters, and buffers such as a router's bias."""
+    yield from model.named_parameters()
+    held = model.state_dict()
+    yield from ((name, one) for name, one in model.named_buffers() if name in held and one.is_floating_point())
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a tensor on a device could still take; on the host, as the system counts, whatever a container may."""
     if device.type != "cuda" or not torch.cuda.is_available():  # a pretended one has that of the host
@@ -216,7 +225,20 @@ def _loading(source: str, what: str | None = None, advice: str = NEEDED) -> Iter
     """Tell in a sentence why a model or its tokenizer cannot be loaded."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, DassError):
         raise
     except Exception as error:  # a foreign file can make transformers raise anything
         raise DassError(f"{what or f'Cannot load {source}'} ({first_line(error)}): {advice}.") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path | None) -> Iterator[None]:
+    """Tell in a sentence why a folder does not take what transformers writes there while it reads a model."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if folder is None or not (full or str(error).startswith("Error while serializing")):
+            raise
+        advice = "free space or choose another results_dir"
+        raise DassError(f"Cannot write weights to {folder} ({first_line(error)}): {advice}.", "results_dir") from error

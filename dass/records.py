@@ -55,7 +55,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def require_writable(folder: Path) -> None:
     """Raise DassError, before hours of work, if nothing can be written to the folder; it may not be there yet."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    # a link to nothing, as an unmounted disk leaves it, is there, and cannot be written to
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     with told(f"Nothing can be written to {folder}, because of {existing}", "choose another folder", OSError):
         tempfile.TemporaryFile(dir=existing).close()
 

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 from dass.checkpoint import Stored, require_places, require_weights, stored_tensors
 from dass.errors import require_finite
 from dass.experts import Apart, found_apart
-from dass.models import auto_class, from_folder, load_config, model_folder, require_supported
+from dass.models import auto_class, from_folder, load_config, model_folder, named_weights, require_supported
 from dass.pruning.blocks import Block
 from dass.pruning.layout import find_blocks
 from dass.pruning.stacks import Stack
-from dass.shards import number_shards, read_from, write_in_turn
+from dass.shards import number_shards, read_from, shapes_in, write_in_turn
 
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is meant here
 
@@ -258,12 +258,14 @@ def load_streamed(
     loaded = {name: "cpu:0" if where == "cpu" else where for name, where in device_map.items()} if apart else device_map
     loaded = loaded | {name.rpartition(".")[0]: "meta" for name in apart}
     model, loading = from_folder(place, config, source, dtype, loaded, folder)
-    require_places(model, stored, loading, source)
     index = _index_of(model, device)
+    # transformers does not look at the shapes of what lies on disk
+    loading["mismatched_keys"] = {*loading["mismatched_keys"], *_mismatched(model, index, stored, apart)}
+    require_places(model, stored, loading, source)
     remove_hook_from_module(model, recurse=True)
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            require_finite(parameter, f"The weights {name} of {source}")
+    for name, tensor in named_weights(model):
+        if not tensor.is_meta:
+            require_finite(tensor, f"The weights {name} of {source}")
     model.eval().requires_grad_(False)
     return model, Shelf(model, find_blocks(model, projections), index, device_map, folder, by_expert, apart, stored)
 
@@ -287,6 +289,24 @@ def _index_of(model: nn.Module, device: torch.device) -> Index:
                 hook.weights_map.dataset.device = str(device)
                 return {name: dict(about) for name, about in hook.weights_map.dataset.index.items()}
     return {}
+
+
+def _mismatched(
+    model: nn.Module, index: Index, stored: Mapping[str, Stored], apart: Mapping[str, Apart]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """What lies on disk in another shape than the model has for it: its name, that shape, and the model's."""
+    parameters, by_file = dict(model.named_parameters()), dict[str, list[str]]()
+    for name in index.keys() & parameters.keys():
+        by_file.setdefault(index[name]["safetensors_file"], []).append(name)
+    for file, names in by_file.items():
+        for name, found in zip(names, shapes_in(file, [index[name]["weight_name"] for name in names]), strict=True):
+            if found != parameters[name].shape:
+                yield name, found, tuple(parameters[name].shape)
+    for name, experts in apart.items():
+        expected = [tuple(part.shape) for part in experts.cut(parameters[name][0])]
+        for one, shape in ((one, shape) for own in experts.names for one, shape in zip(own, expected, strict=True)):
+            if stored[one].shape != shape:
+                yield one, stored[one].shape, shape
 
 
 def _put(block: Block, name: str, tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from glob import escape
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -41,6 +42,9 @@ def scratch_folder(results_dir: Path, run_id: str, claim: Claim) -> Iterator[Pat
         with claimed(_claim_path(results_dir, other), wait=False) as free:
             if free is not None and free.owner:
                 _clear(results_dir / f".{other}", is_done=record_path(results_dir, other).is_file())
+                _drop_unfinished(results_dir, other)
+    if claim.owner:
+        _drop_unfinished(results_dir, run_id)
     # without claims another process may be at the same run
     folder, is_done = results_dir / (f".{run_id}" if claim.owner else f".{run_id}.{os.getpid()}"), False
     try:
@@ -55,6 +59,12 @@ def _clear(folder: Path, is_done: bool) -> None:
     """Remove the folder of a run that is done, or that has nothing to go on from."""
     if is_done or not any((folder / name).is_file() for name in (STATE, LOSSES, checkpoint.STATE)):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop_unfinished(results_dir: Path, run_id: str) -> None:
+    """Remove what a process that was killed had written of a record, see `write_atomically`."""
+    for path in results_dir.glob(f".{escape(record_path(results_dir, run_id).name)}.*"):
+        path.unlink(missing_ok=True)
 
 
 def _claim_path(results_dir: Path, run_id: str) -> Path:

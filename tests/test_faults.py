@@ -6,11 +6,14 @@ import os
 import subprocess
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from dass.checkpoint import INDEX, WEIGHTS
 from dass.errors import DassError
 from dass.folders import is_saved
 from dass.sparsity import read_masks
+from dass.streaming import load_streamed
 from tests.experiments.test_prune import command, records, run, setting  # noqa: F401  (a fixture)
 from tests.models import tiny_model
 
@@ -109,7 +112,44 @@ def test_a_read_only_folder_is_told_before_the_work(setting, tmp_path, monkeypat
     assert sorted(os.listdir(tmp_path)) == ["disk", *GIVEN]
 
 
+@pytest.mark.parametrize("what", ["results_dir", "save_model", "masks"])
+def test_a_link_to_nothing_is_told_before_the_work(setting, tmp_path, what):  # noqa: F811
+    """As an unmounted disk leaves it."""
+    (tmp_path / "link").symlink_to(tmp_path / "away" / "runs")
+    with pytest.raises(DassError, match=str(tmp_path / "link")) as caught:
+        run(*setting, f"{what}={tmp_path / 'link'}")
+    assert "another folder" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == sorted(["link", *GIVEN])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["safetensors", "system"],
+)
+def test_a_disk_that_is_too_full_for_experts_is_not_the_models_fault(tmp_path, monkeypatch, error):
+    """transformers writes those there that it stores otherwise than it holds them."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+
+    def save_file(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.integrations.accelerate.save_file", save_file)
+    with pytest.raises(DassError) as caught:
+        load_streamed(str(tmp_path / "model"), None, "float32", torch.device("cpu"), tmp_path / "scratch")
+    told(caught, f"Cannot write weights to {tmp_path / 'scratch'}", "choose another results_dir")
+
+
 # models
+
+
+def of_another_config(folder, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    return "mlp.down_proj.weight as (32, 64) where its config.json says (32, 48)"
 
 
 def shards(folder):
@@ -153,7 +193,9 @@ def without_weights(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", ["resident", "stream"])
-@pytest.mark.parametrize("damage", [unreadable, truncated, emptied, not_in_the_index, not_there, without_weights])
+@pytest.mark.parametrize(
+    "damage", [unreadable, truncated, emptied, not_in_the_index, not_there, without_weights, of_another_config]
+)
 def test_a_model_that_cannot_be_read_whole(setting, tmp_path, monkeypatch, damage, memory):  # noqa: F811
     folder = tmp_path / "model"
     (folder / WEIGHTS).unlink()

@@ -1,6 +1,7 @@
 """Loading and refusing models."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from dass.models import (
     resolve_device,
     resolve_dtype,
 )
+from dass.streaming import load_streamed
 from tests.models import ARCHITECTURES, LAYOUTS, SIZES, tiny_model
 from tests.tokenizers import tiny_tokenizer
 
@@ -92,6 +94,18 @@ def test_nan_in_the_weights(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(DassError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
         load_model(str(tmp_path), None, "float32", CPU)
+
+
+@pytest.mark.parametrize("load", [load_model, load_streamed])
+def test_nan_in_a_buffer_that_decides(tmp_path, load):
+    """A router's bias is in the checkpoint, and no parameter."""
+    model = tiny_model("deepseek_v3")
+    name, bias = next(one for one in model.named_buffers() if "correction_bias" in one[0])
+    bias[1] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    more = [tmp_path / "scratch"] if load is load_streamed else []
+    with pytest.raises(DassError, match=rf"{re.escape(name)}.*NaN"):
+        load(str(tmp_path / "model"), None, "float32", CPU, *more)
 
 
 @pytest.mark.parametrize(

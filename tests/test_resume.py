@@ -142,6 +142,19 @@ def left_behind(setting, where, monkeypatch):  # noqa: F811
     return folder
 
 
+def test_a_record_that_was_half_written_goes(setting, tmp_path, monkeypatch):  # noqa: F811
+    """Its own, and that of another run that nobody is at."""
+    runs = tmp_path / "other" / "runs"
+    run(*setting, *OBS, *overrides(tmp_path / "other"))
+    (path,) = runs.iterdir()
+    name = path.name
+    path.unlink()
+    for left in (f".{name}.dypvlnv_", ".00112233aabbccdd.json.abcdefgh"):
+        (runs / left).write_text("{")
+    run(*setting, *OBS, *overrides(tmp_path / "other"))
+    assert [path.name for path in runs.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "state"])
 def test_what_is_damaged_is_not_believed(setting, tmp_path, monkeypatch, capsys, always, damage):  # noqa: F811
     one, other = tmp_path / "one", tmp_path / "other"

@@ -16,6 +16,7 @@ from dass.planning.devices import Stage
 from dass.pruning.blocks import MLP_ROLES
 from dass.pruning.masks import NM, Pattern, Unstructured
 from dass.pruning.method import Method
+from dass.pruning.mixed import TRIED
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import HESSIAN_BLOCK, INVERSE_BLOCK
 from dass.pruning.update import LAZY
@@ -152,8 +153,12 @@ def plan_pruning(model: Architecture, pruner: BlockPruner, work: Workload) -> li
         _add_forward(walk, model, model.blocks, work, ends=False)
         # for the next block's inputs; attention runs again only where it is pruned too
         _add_forward(walk, model, model.blocks[:-1], work, mixes=not replays)
+        if replays:
+            few = replace(work, n_sequences=2, seq_len=min(TRIED, work.seq_len))
+            _add_forward(walk, model, model.blocks, few, mixes=False)
         walk.peak_bytes = statistics.peak_bytes = _working_set(model, work)
-        # the inputs of a block and, where attention is replayed in the second pass, its outputs
+        # the inputs of a block and, where attention is replayed in the second pass, its outputs, unless one takes the
+        # other's place, which only a run can tell: it is tried on a few tokens, see `Mixed`
         held += largest + (2 if replays else 1) * work.tokens * model.hidden_size * work.bytes_each
     found = [stage for stage in stages if stage.flops or stage.moved_bytes]
     if work.streams:  # read while the one before is worked on; written, and read once more for the zeros to be counted

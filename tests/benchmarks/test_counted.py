@@ -80,7 +80,7 @@ def test_llama2_70b_streams_on_one_card(method, n_blocks):
     _, peak = counted_block(pruner, H100, LLAMA2_70B, n_blocks, streams=True)
     block, ends = 2 * (2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672), 2 * 2 * 32000 * 8192
     entering = 2 * 128 * 2048 * 8192
-    assert 2 * block + ends + 2 * entering < peak < 80e9  # two blocks, what enters one, and what its attention gives
+    assert 2 * block + ends + entering < peak < 80e9  # two blocks, and what enters one with what its attention gives
 
 
 def test_a_streamed_model_holds_the_same_however_deep_it_is():
@@ -92,7 +92,7 @@ def test_a_streamed_model_holds_the_same_however_deep_it_is():
 @pytest.mark.slow
 def test_a_sweep_of_llama2_7b_takes_few_launches():
     counts, _ = counted_block(BlockPruner(Method("obs", LAYER, NM(2, 4), "obs")), H100)
-    assert counts.launches <= 60_000 and counts.waits == 4
+    assert counts.launches <= 60_000 and counts.waits == 5
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
