@@ -66,15 +66,7 @@ def require_weights(folder: Path) -> list[Path]:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors in the weights of a model folder by name; DassError where a file is damaged or they are quantised."""
-    stored = {}
-    for path in require_weights(folder):
-        with (
-            told(f"Cannot load the weights {path}", "fetch or save them again", OSError, SafetensorError, ValueError),
-            safe_open(path, framework="np") as file,
-        ):
-            for name in file.keys():  # noqa: SIM118  (it is no dictionary)
-                part = file.get_slice(name)
-                stored[name] = Stored(part.get_dtype(), tuple(part.get_shape()), path)
+    stored = {name: tensor for path in require_weights(folder) for name, tensor in tensors_in(path).items()}
     for name, tensor in stored.items():
         if _is_quantised(name, tensor):
             raise DassError(
@@ -82,6 +74,16 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 f"pruning needs weights in floating point, so dequantise it first."
             )
     return stored
+
+
+def tensors_in(path: Path) -> dict[str, Stored]:
+    """The tensors in a file of weights by name; DassError where it is damaged."""
+    with (
+        told(f"Cannot load the weights {path}", "fetch or save them again", OSError, SafetensorError, ValueError),
+        safe_open(path, framework="np") as file,
+    ):
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+        return {name: Stored(part.get_dtype(), tuple(part.get_shape()), path) for name, part in parts.items()}
 
 
 def most_stored(folder: Path) -> str | None:

@@ -29,15 +29,6 @@ def read_from(file: str | Path, name: str, expert: int | None = None) -> Tensor:
         return opened.get_tensor(name) if expert is None else opened.get_slice(name)[expert]
 
 
-def shapes_in(file: str | Path, names: list[str]) -> list[tuple[int, ...]]:
-    """The shapes of tensors of a file."""
-    with (
-        told(f"{file} cannot be read", "copy or download it again", OSError, SafetensorError),
-        safe_open(file, framework="pt") as opened,
-    ):
-        return [tuple(opened.get_slice(name).get_shape()) for name in names]
-
-
 def write_in_turn(path: Path, header: Header, tensors: Iterable[Tensor]) -> None:
     """Write a file of safetensors, whole or not at all, each tensor, or part of one, as it comes; makes the folder.
 

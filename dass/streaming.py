@@ -26,15 +26,13 @@ from dass.checkpoint import Stored, require_places, require_weights, stored_tens
 from dass.errors import require_finite
 from dass.experts import Apart, found_apart
 from dass.models import auto_class, from_folder, load_config, model_folder, named_weights, require_supported
+from dass.offloaded import Index, index_of, mismatched, places
 from dass.pruning.blocks import Block
 from dass.pruning.layout import find_blocks
 from dass.pruning.stacks import Stack
-from dass.shards import number_shards, read_from, shapes_in, write_in_turn
+from dass.shards import number_shards, read_from, write_in_turn
 
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is meant here
-
-Index = dict[str, dict[str, str]]
-"""Where a weight lies, by its full name, as accelerate has it: `safetensors_file`, `weight_name`, and its `dtype`."""
 
 
 class Shelf:
@@ -251,16 +249,16 @@ def load_streamed(
     with torch.device("meta"):
         empty = auto_class(config).from_config(config, trust_remote_code=False)
     blocks = find_blocks(empty, projections)
-    device_map = dict(_places(empty, "", {block.name for block in blocks}, str(device)))
+    device_map = dict(places(empty, "", {block.name for block in blocks}, str(device)))
     experts = {name for block in blocks for name in block.experts} if by_expert else set()
     apart = found_apart(empty, stored, experts)
     # so that transformers puts none together; cpu by another name, for what is there is moved where there are others
     loaded = {name: "cpu:0" if where == "cpu" else where for name, where in device_map.items()} if apart else device_map
     loaded = loaded | {name.rpartition(".")[0]: "meta" for name in apart}
     model, loading = from_folder(place, config, source, dtype, loaded, folder)
-    index = _index_of(model, device)
+    index = index_of(model, device)
     # transformers does not look at the shapes of what lies on disk
-    loading["mismatched_keys"] = {*loading["mismatched_keys"], *_mismatched(model, index, stored, apart)}
+    loading["mismatched_keys"] = {*loading["mismatched_keys"], *mismatched(model, index, stored, apart)}
     require_places(model, stored, loading, source)
     remove_hook_from_module(model, recurse=True)
     for name, tensor in named_weights(model):
@@ -268,45 +266,6 @@ def load_streamed(
             require_finite(tensor, f"The weights {name} of {source}")
     model.eval().requires_grad_(False)
     return model, Shelf(model, find_blocks(model, projections), index, device_map, folder, by_expert, apart, stored)
-
-
-def _places(module: nn.Module, name: str, blocks: set[str], device: str) -> Iterator[tuple[str, str]]:
-    """Where each part of a model is to lie: blocks on disk, what holds no block on the device."""
-    if name in blocks:
-        yield name, "disk"
-    elif any(block.startswith(f"{name}." if name else "") for block in blocks):
-        for child, part in module.named_children():
-            yield from _places(part, f"{name}.{child}" if name else child, blocks, device)
-    else:
-        yield name, device
-
-
-def _index_of(model: nn.Module, device: torch.device) -> Index:
-    """Where the weights lie, out of the hooks that accelerate put on the modules; it reads buffers to a device."""
-    for module in model.modules():
-        for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
-            if getattr(hook, "weights_map", None) is not None:
-                hook.weights_map.dataset.device = str(device)
-                return {name: dict(about) for name, about in hook.weights_map.dataset.index.items()}
-    return {}
-
-
-def _mismatched(
-    model: nn.Module, index: Index, stored: Mapping[str, Stored], apart: Mapping[str, Apart]
-) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """What lies on disk in another shape than the model has for it: its name, that shape, and the model's."""
-    parameters, by_file = dict(model.named_parameters()), dict[str, list[str]]()
-    for name in index.keys() & parameters.keys():
-        by_file.setdefault(index[name]["safetensors_file"], []).append(name)
-    for file, names in by_file.items():
-        for name, found in zip(names, shapes_in(file, [index[name]["weight_name"] for name in names]), strict=True):
-            if found != parameters[name].shape:
-                yield name, found, tuple(parameters[name].shape)
-    for name, experts in apart.items():
-        expected = [tuple(part.shape) for part in experts.cut(parameters[name][0])]
-        for one, shape in ((one, shape) for own in experts.names for one, shape in zip(own, expected, strict=True)):
-            if stored[one].shape != shape:
-                yield one, stored[one].shape, shape
 
 
 def _put(block: Block, name: str, tensor: Tensor) -> None:
