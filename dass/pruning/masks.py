@@ -193,18 +193,20 @@ def require_divisible(matrix: Tensor, pattern: Pattern, axis: Axis, name: str) -
 def _kept_of_m(split: Tensor, count: int, dim: int) -> Tensor:
     """False for the `count` smallest along a short dimension, lower index first among equals.
 
-    Counts for each element those that are pruned before it, by comparing each of the M slices with all behind it.
+    Counts for each element those that are pruned before it, by comparing the M slices with those 1, 2, ... behind.
     """
     m = split.shape[dim]
     if m > LARGEST_RANKED_M or split.is_cuda:
         return _kept(split.movedim(dim, -1), count).movedim(-1, dim)
     slots = split.movedim(dim, 0).contiguous()
     before = torch.zeros(slots.shape, dtype=torch.int8, device=slots.device)
-    for i in range(m - 1):
-        i_first = (slots[i] <= slots[i + 1 :]).view(torch.int8)
-        before[i + 1 :].add_(i_first)
-        before[i].add_(m - 1 - i).sub_(i_first.sum(0, dtype=torch.int8))
-    return (before >= count).movedim(0, dim)
+    for apart in range(1, m):
+        is_first = (slots[:-apart] <= slots[apart:]).view(torch.int8)
+        before[apart:].add_(is_first)
+        before[:-apart].sub_(is_first)
+    # slot i has m - 1 - i behind it, of which those go before it that it does not go before
+    behind = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=slots.device)
+    return (before >= (count - behind).view(m, *[1] * (slots.ndim - 1))).movedim(0, dim)
 
 
 def _kept(groups: Tensor, count: int) -> Tensor:
