@@ -22,6 +22,9 @@ from dass.pruning.registry import Registry
 ROUNDS = 12
 """Assignments of one member of each group, at most; each costs as much as any other and gains less."""
 
+TILE = 2**18
+"""Numbers that are worked on at once: so many stay in the cache of a processor."""
+
 ORDERS = Registry("order", leading=1)
 order = ORDERS.register
 
@@ -83,27 +86,45 @@ def matched(neurons: Neurons) -> Tensor:
     if pattern.n == pattern.m or not len(scores):
         return found
     groups = found.view(-1, pattern.m)  # (groups, M)
-    everyone, most = torch.arange(len(groups)), kept(scores, groups, pattern)
-    gain, more = scores.new_empty(len(groups), len(groups)), scores.new_empty(len(groups), len(scores))
+    by_neuron = scores.T.contiguous()  # (f, lines)
+    everyone, most = torch.arange(len(groups)), kept(by_neuron.T, groups, pattern)
+    gain = scores.new_empty(len(groups), len(groups))
+    more = scores.new_empty(max(1, TILE // len(scores)), len(scores))
     for _ in range(ROUNDS):
         out = torch.randint(pattern.m, (len(groups),), generator=neurons.generator)
         rest = groups[torch.arange(pattern.m) != out[:, None]].view(-1, pattern.m - 1)
-        t = scores[:, rest.to(scores.device)].topk(pattern.n, dim=2).values[..., -1].T.contiguous()  # (groups, lines)
-        x = scores[:, groups[everyone, out].to(scores.device)].T.contiguous()  # (groups, lines)
-        for row, one in zip(gain, x, strict=True):  # in place: room freed between results that stay is not found again
-            torch.sum(torch.sub(one, t, out=more).relu_(), 1, out=row)
+        t = largest(by_neuron[rest.T.to(scores.device)], pattern.n)[-1]  # (groups, lines)
+        x = by_neuron[groups[everyone, out].to(scores.device)]  # (groups, lines)
+        for some, gains in zip(t.split(len(more)), gain.split(len(more), 1), strict=True):
+            for row, one in zip(gains, x, strict=True):  # in place: room that is freed in between is not found again
+                torch.sum(torch.sub(one, some, out=more[: len(some)]).relu_(), 1, out=row)
         place = torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
         better = groups.clone()
         better[place, out[place]] = groups[everyone, out]
-        if (now := kept(scores, better, pattern)) > most:
+        if (now := kept(by_neuron.T, better, pattern)) > most:
             groups, most = better, now
     return groups.reshape(-1)
 
 
 def kept(scores: Tensor, order: Tensor, pattern: NM) -> float:
     """The sum of the scores `(lines, f)` that survive N:M in this order of the neurons."""
-    split = scores[:, order.reshape(-1).to(scores.device)].unflatten(1, (-1, pattern.m))
-    return split.topk(pattern.n, dim=2).values.sum(dtype=torch.float64).item()
+    members = scores.T[order.reshape(-1, pattern.m).T.to(scores.device)]  # (M, groups, lines)
+    return sum(one.sum(dtype=torch.float64).item() for one in largest(members, pattern.n))
+
+
+def largest(members: Tensor, n: int) -> list[Tensor]:
+    """The n largest of M numbers at each place, from the largest on; they rise like bubbles, and the rest is changed.
+
+    Args:
+        members: `(M, ...)`.
+    """
+    rows, spare = list(members.unbind()), torch.empty_like(members[0])
+    for done in range(n):
+        for i in range(len(rows) - 1, done, -1):
+            torch.maximum(rows[i - 1], rows[i], out=spare)
+            torch.minimum(rows[i - 1], rows[i], out=rows[i])
+            rows[i - 1], spare = spare, rows[i - 1]
+    return rows[:n]
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
