@@ -87,18 +87,21 @@ def computes_from_sum(block: Block, call: Call, hidden: Tensor, output: Any) -> 
     """Whether a block computes from x + m alone what comes behind its mixer, tried bit by bit on a few tokens.
 
     Args:
-        hidden: x, what enters it, `(batch, seq_len, d)`.
-        output: m, as the mixer returned it.
+        hidden: like what enters it, `(batch, seq_len, d)`.
+        output: like what its mixer returns.
     """
-    m = output[0] if isinstance(output, tuple) else output
-    if block.mixer is None or not isinstance(m, Tensor) or m.shape != hidden.shape:
+    given = output[0] if isinstance(output, tuple) else output
+    if block.mixer is None or not isinstance(given, Tensor) or given.shape != hidden.shape:
         return False
-    x, m = hidden[:1, :TRIED].to(m.device), m[:1, :TRIED]
+    # numbers of our own: those at hand may be zeros, as of padding, which any block adds alike
+    width = hidden.shape[-1]
+    numbers = torch.arange(2 * TRIED * width, device=given.device).sin().view(2, 1, TRIED, width)
+    x, m = numbers[0].to(hidden.dtype), numbers[1].to(given.dtype)
     if (x + m).dtype != x.dtype:
         return False
     found = []
-    for entering, given in ((x, m), (x + m, m.new_zeros(()))):
-        returned = _returned(given, output)
+    for entering, added in ((x, m), (x + m, m.new_zeros(()))):
+        returned = _returned(added, output)
         try:
             with replaced_forward(block.mixer, lambda *_, returned=returned, **__: returned):
                 found.append(call(block, entering))

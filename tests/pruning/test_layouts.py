@@ -196,6 +196,25 @@ ADDING = {"llama_biased": True, "phi3": True, "gpt2": True, "qwen2_moe": True, "
 ADDING |= {"gpt_neox": False, "falcon": False, "bloom": False, "gemma3": False}
 
 
+@pytest.mark.parametrize("layout", ["gpt_neox", "gemma3", "llama_biased"])
+@torch.no_grad()
+def test_padding_tells_nothing_of_how_a_block_adds(layout):
+    """Where the first tokens are zeros and attention gives zeros for them."""
+    input_ids, found = random_tokens(3), []
+    input_ids[:, :6] = 0
+    for fixed in (True, False):
+        model = fresh(layout) if layout in LAYOUTS else tiny_model(layout, torch.float64)
+        model.get_input_embeddings().weight[0] = 0
+        for name, parameter in model.named_parameters():
+            if ("attn" in name or "attention" in name) and name.endswith("bias"):
+                parameter.zero_()
+        pruner = BlockPruner(method("wanda", "2:4"))
+        for step in walk(model, input_ids, pruner.needs, fixed_mixers=fixed):
+            pruner.prune(step.block, step.streams)
+        found.append(model.state_dict())
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+
+
 @pytest.mark.parametrize("layout", ADDING)
 @torch.no_grad()
 def test_what_attention_gave_takes_no_memory_of_its_own(layout, monkeypatch):
