@@ -107,7 +107,12 @@ def computes_from_sum(block: Block, call: Call, hidden: Tensor, output: Any) -> 
                 found.append(call(block, entering))
         except torch.OutOfMemoryError:
             raise  # the batches are too large
-        except (RuntimeError, ValueError, IndexError):  # what follows takes whole sequences, or more than a number
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+        ):  # what follows takes whole sequences, or more than a number
             return False
     return torch.equal(*found)
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from dass.errors import DassError
+from dass.pruning.blocks import Block
+from dass.pruning.call import Call
 from dass.pruning.criteria import CRITERIA, criterion
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import Method
+from dass.pruning.mixed import computes_from_sum
 from dass.pruning.parked import Parked
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model, walk
@@ -190,6 +193,23 @@ def test_attention_that_is_changed_unforeseen_is_told(tied):
         break
     with pytest.raises(DassError, match=r"of model.layers.0 was changed.*fixed_mixers=False"):
         next(steps)
+
+
+class Counting(torch.nn.Module):
+    """A block that asks for the length of what its mixer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixer = torch.nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        mixed = self.mixer(hidden)
+        return hidden + mixed if len(mixed) else hidden
+
+
+def test_a_block_that_takes_no_single_number_keeps_both():
+    module, hidden = Counting(), torch.zeros(2, 8, 4)
+    assert not computes_from_sum(Block("a block", module, module.mixer, (), {}), Call((), {}), hidden, hidden)
 
 
 ADDING = {"llama_biased": True, "phi3": True, "gpt2": True, "qwen2_moe": True, "opt": True}
