@@ -4,6 +4,7 @@ Every block runs twice over all sequences, one at a time; each projection keeps 
 a loop over groups of M with topk. Not used outside the benchmark and its test.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,8 +16,8 @@ from dass.pruning.layout import find_blocks
 
 
 @torch.no_grad()
-def reference_walk(model: PreTrainedModel, input_ids: Tensor, method: str, n: int, m: int) -> None:
-    """Prune the MLPs of a LLaMA-like model in place.
+def reference_walk(model: PreTrainedModel, input_ids: Tensor, method: str, n: int, m: int) -> Iterator[None]:
+    """Prune the MLPs of a LLaMA-like model in place, with a pause in each block once it is pruned.
 
     Args:
         input_ids: `(n_sequences, seq_len)`.
@@ -46,6 +47,7 @@ def reference_walk(model: PreTrainedModel, input_ids: Tensor, method: str, n: in
                 linear.weight[loop_mask(scores.T, n, m).T] = 0
             else:
                 linear.weight[loop_mask(linear.weight.abs() * gathered[role].sqrt(), n, m)] = 0
+        yield
         for j in range(len(inputs)):
             outputs[j] = block(inputs[j : j + 1], **keywords)[0]
         inputs, outputs = outputs, inputs

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ from dass.pruning.method import Method
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.statistics import Statistics, damped_inverse
 from dass.pruning.update import obs_sweep
-from dass.pruning.walk import prune_model
+from dass.pruning.walk import walk
 from dass.records import git_state, machine_description, package_versions, write_atomically
 
 CALIBRATION = (32, 512)
@@ -68,7 +68,8 @@ def main() -> None:
 
 Command `python -m benchmarks.walk{" --gpu" if gpu else ""}`; commit {git["commit"]}\
 {" with local changes" if git["dirty"] else ""}; {machine["threads"]} threads, {machine["memory_gb"]} GB; \
-torch {versions["torch"]}, transformers {versions["transformers"]}. Timings are the best of {REPEATS}.
+torch {versions["torch"]}, transformers {versions["transformers"]}. Of {REPEATS} runs of each the fastest counts, of \
+walks block by block.
 
 | quantity | measured | limit | met | detail |
 |---|---:|---:|---|---|
@@ -78,8 +79,8 @@ torch {versions["torch"]}, transformers {versions["transformers"]}. Timings are 
     write_atomically(Path("results") / ("benchmark_gpu.md" if gpu else "benchmark.md"), text)
 
 
-def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> Callable[[], None]:
-    """The forward work that a walk over a LLaMA-like model cannot do without.
+def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -> Callable[[], Iterator[None]]:
+    """The forward work that a walk over a LLaMA-like model cannot do without, with a pause in each block.
 
     Per block: attention once, gate and up once dense, the pruned MLP once (not behind the last block).
     """
@@ -88,7 +89,7 @@ def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -
         activations = enter_first_block(model, blocks, input_ids.to(model.device).split(batch_size))
 
     @torch.no_grad()
-    def work() -> None:
+    def work() -> Iterator[None]:
         for index, block in enumerate(blocks):
             module, mlp = block.module, block.module.mlp
             for i, hidden in enumerate(activations.batches):
@@ -97,11 +98,20 @@ def needed_forward(model: PreTrainedModel, input_ids: Tensor, batch_size: int) -
                 x = module.post_attention_layernorm(hidden)
                 mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
                 activations.batches[i] = hidden
+            yield
             if index + 1 < len(blocks):
                 for i, hidden in enumerate(activations.batches):
                     activations.batches[i] = hidden + mlp(module.post_attention_layernorm(hidden))
 
     return work
+
+
+def pruning(model: PreTrainedModel, name: str, input_ids: Tensor, batch_size: int) -> Iterator[None]:
+    """Our walk, with a pause in each block once it is pruned."""
+    pruner, pruned = BlockPruner(METHODS[name]), []
+    for step in walk(model, input_ids, pruner.needs, batch_size):
+        pruned += pruner.prune(step.block, step.streams, step.outputs)
+        yield
 
 
 def time_walks(
@@ -114,7 +124,7 @@ def time_walks(
         if name == "forward":
             return needed_forward(fresh(), input_ids, size)
         if name in METHODS:
-            return partial(prune_model, fresh(), BlockPruner(METHODS[name]), input_ids, size)
+            return partial(pruning, fresh(), name, input_ids, size)
         return partial(reference_walk, fresh(), input_ids, name.removeprefix("reference "), 2, 4)
 
     best = fastest(["forward", *METHODS, *(f"reference {name}" for name in METHODS if with_reference)], prepare, device)

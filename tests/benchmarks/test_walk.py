@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.reference import reference_walk
-from benchmarks.walk import METHODS, forward_rows, needed_forward, row, solver_row, time_walks
+from benchmarks.table import CPU, fastest, part_seconds, row
+from benchmarks.walk import METHODS, forward_rows, needed_forward, pruning, solver_row, time_walks
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
 from tests.models import random_tokens, tiny_model
@@ -19,7 +20,7 @@ def test_the_reference_walk_prunes_the_same(method, monkeypatch):
     prune_model(ours, BlockPruner(METHODS[method]), input_ids)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the baseline computes in fp32; here without
     monkeypatch.setattr(torch, "zeros", partial(torch.zeros, dtype=torch.float64))  # its rounding
-    reference_walk(theirs, input_ids, method, 2, 4)
+    assert len(list(reference_walk(theirs, input_ids, method, 2, 4))) == len(theirs.model.layers)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
@@ -29,7 +30,7 @@ def test_the_needed_forward_work_is_what_it_says():
     for name, module in model.named_modules():
         if (last := name.rpartition(".")[2]) in counts:
             module.register_forward_hook(lambda *_, last=last: counts.update({last: counts[last] + 1}))
-    needed_forward(model, random_tokens(4), 2)()
+    list(needed_forward(model, random_tokens(4), 2)())
     # the first block also runs once, on the first batch, while its inputs are recorded
     assert counts == {"q_proj": 3 * 2 + 1, "gate_proj": 3 * 2 + 2 * 2 + 1, "down_proj": 2 * 2 + 1}
 
@@ -41,6 +42,29 @@ def test_every_walk_is_timed():
     assert min(best.values()) > 0 and max(best.values()) < 10
     wanda = forward_rows(best, 1.1, memory)[0]
     assert f"| {best['wanda'] / best['forward']:.4g} | at most 1.1 |" in wanda and "GB on the host" in wanda
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_timed_is_our_walk(method):
+    timed, ours, input_ids = tiny_model(), tiny_model(), random_tokens()
+    assert len(list(pruning(timed, method, input_ids, 2))) == len(timed.model.layers)
+    prune_model(ours, BlockPruner(METHODS[method]), input_ids, 2)
+    assert all(map(torch.equal, timed.parameters(), ours.parameters()))
+
+
+def test_work_is_timed_part_by_part(monkeypatch):
+    clock = iter([0.0, 1.0, 1.0, 6.0, 6.0, 6.5, 7.0])
+    with monkeypatch.context() as patched:
+        patched.setattr("benchmarks.table.time.perf_counter", lambda: next(clock))
+        found = part_seconds(lambda: iter("ab"), CPU)
+    assert found == [1.0, 5.0, 0.5]
+    assert len(part_seconds(lambda: "ab", CPU)) == 1
+
+
+def test_the_fastest_of_each_part_counts(monkeypatch):
+    runs = iter([[3.0, 2.0, 0.5], [1.0, 5.0, 0.5]])
+    monkeypatch.setattr("benchmarks.table.part_seconds", lambda work, device: next(runs))
+    assert fastest(["x"], lambda name: lambda: None, CPU, repeats=2)["x"]["seconds"] == 1.0 + 2.0 + 0.5
 
 
 def test_the_solver_is_within_its_limit():
