@@ -1,11 +1,11 @@
 """What hardware can make of a model's zeros, told from the weights alone.
 
-A sparse tensor core multiplies by 2:4 along the axis that a product sums over (K): the inputs in the forward pass
-Y = X W^T, the outputs in dX = dY W of the backward pass. See docs/hardware.md.
+A sparse tensor core multiplies by 2:4 (of fp32: by 1:2) along the axis that a product sums over (K): the inputs in the
+forward pass Y = X W^T, the outputs in dX = dY W of the backward pass. See docs/hardware.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.sparse.semi_structured import SparseSemiStructuredTensorCUSPARSELT, S
 from dass.packing import chosen_packing
 from dass.planning.architecture import TOKEN_EXPERTS
 from dass.pruning.blocks import Block, Hold, Projection, resident
-from dass.pruning.masks import nm_along
+from dass.pruning.masks import NM, nm_along
 from dass.sparsity import linear_names
 
 KERNELS = {"cuSPARSELt": SparseSemiStructuredTensorCUSPARSELT, "CUTLASS": SparseSemiStructuredTensorCUTLASS}
@@ -23,6 +23,8 @@ KERNELS = {"cuSPARSELt": SparseSemiStructuredTensorCUSPARSELT, "CUTLASS": Sparse
 ACCELERATED, NO_KERNEL, NOT_ALIGNED, DENSE = "accelerated", "K-aligned but no kernel", "not K-aligned", "dense"
 FEW = 0.01
 """A matrix with a smaller share of zeros is dense."""
+HALVES = NM(2, 4), NM(1, 2)
+"""What sparse tensor cores execute, of one dtype or another, see `executed`."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,13 @@ class Audited:
     dtype: str
     sparsity: float
     """Share of zeros."""
-    inputs: str | None
+    inputs: NM | None
     """The strictest N:M along the inputs, such as 2:4; None: none."""
-    outputs: str | None
+    outputs: NM | None
+    """The same along the outputs."""
+    forward: tuple[NM, ...]
+    """Those of `HALVES` that hold along the inputs."""
+    backward: tuple[NM, ...]
     """The same along the outputs."""
     groups: float | None
     """Share of the groups of 4 along the inputs with at most 2 non-zeros; None where 4 does not divide them."""
@@ -68,9 +74,17 @@ class Audited:
         return getattr(torch, self.dtype).itemsize
 
     @property
+    def saving(self) -> float:
+        """Bytes that a kernel's format saves where it is accelerated: a half of the values, less 2 bits for each kept.
+
+        torch's own holds 4 bits for 4 weights of 16 bits, and for 2 of 32.
+        """
+        return self.weights * (self.size / 2 - self.size / 16) if self.status == ACCELERATED else 0
+
+    @property
     def masked_saving(self) -> float:
-        """Bytes that a bitmask saves, a bit for each weight."""
-        return max(self.weights * (self.sparsity * self.size - 1 / 8), 0)
+        """Bytes that a bitmask saves where there are zeros, a bit for each weight."""
+        return max(self.weights * (self.sparsity * self.size - 1 / 8), 0) if self.status != DENSE else 0
 
 
 @dataclass(frozen=True)
@@ -87,12 +101,23 @@ class Audit:
     """Bytes of the linear layers and the head that a token of decoding reads: dense; 2:4 as packed by the kernels where
     accelerated (2 bits for each value kept); and with a bitmask wherever there are zeros, for which torch has none."""
     disk: dict[str, int]
-    """Bytes of all weights: dense, and packed as by `experiments.pack`."""
+    """Bytes of all weights: dense, and packed projection by projection (`experiments.pack` packs a fused matrix as a
+    whole, and what lies outside of the blocks, too)."""
+    bfloat16: "Audit | None" = None
+    """What it would be in bf16, where it is in fp32."""
 
     @property
     def decode(self) -> dict[str, float]:
         """The most that decoding can gain, which is bound by the bytes it reads: packed 2:4, and bitmask."""
         return {name: self.read["dense"] / bytes_read for name, bytes_read in self.read.items() if name != "dense"}
+
+
+def executed(dtype: torch.dtype) -> NM:
+    """What a sparse tensor core executes along K: of fp32, which it multiplies as TF32, 1:2; of all else 2:4.
+
+    Source: torch/sparse/_semi_structured_conversions.py, whose packer drops whatever a group holds besides.
+    """
+    return NM(1, 2) if dtype == torch.float32 else NM(2, 4)
 
 
 def kernels_for(shape: tuple[int, int], dtype: torch.dtype) -> tuple[str, ...]:
@@ -112,33 +137,41 @@ def share_of_groups(weight: Tensor) -> float | None:
     return ((weight != 0).reshape(-1, 4).sum(1, dtype=torch.uint8) <= 2).double().mean().item()
 
 
+def obeys(kept: Tensor, pattern: NM) -> bool:
+    """Whether no group of M keeps more than N along the last axis of `(lines, length)` bool; M must divide it."""
+    length, m = kept.shape[1], pattern.m
+    return length % m == 0 and bool((kept.reshape(-1, m).sum(1, dtype=torch.uint8) <= pattern.n).all())
+
+
 def audit_matrix(weight: Tensor, role: str = "", dtype: torch.dtype | None = None) -> Audited:
     """What one matrix `(out_features, in_features)` is to hardware; `dtype`: what it is stored in, if another."""
-    kept, dtype = weight != 0, dtype or weight.dtype
-    shape, count = (weight.shape[0], weight.shape[1]), int(kept.sum())
-    inputs, outputs = nm_along(kept), nm_along(kept.T)
-    groups, sparsity = share_of_groups(weight), 1 - count / weight.numel()
-    kernels = kernels_for(shape, dtype)
-    if sparsity < FEW:
+    kept, shape = weight != 0, (weight.shape[0], weight.shape[1])
+    along = nm_along(kept), nm_along(kept.T)
+    held = [tuple(pattern for pattern in HALVES if obeys(lines, pattern)) for lines in (kept, kept.T)]
+    sparsity = 1 - int(kept.sum()) / weight.numel()
+    found = Audited(role, shape, "", sparsity, *along, *held, share_of_groups(weight), (), DENSE, "none", 0)
+    return stored_in(found, dtype or weight.dtype)
+
+
+def stored_in(one: Audited, dtype: torch.dtype) -> Audited:
+    """What a matrix is to hardware if it is stored in this dtype."""
+    kernels, pattern = kernels_for(one.shape, dtype), executed(dtype)
+    kept = round((1 - one.sparsity) * one.weights)
+    if one.sparsity < FEW:
         status = DENSE
-    elif groups == 1 and kernels:
+    elif pattern in one.forward and kernels:
         status = ACCELERATED
     else:
-        status = NOT_ALIGNED if inputs is None else NO_KERNEL
-    backward = status != DENSE and share_of_groups(weight.T) == 1 and bool(kernels_for(shape[::-1], dtype))
+        status = NOT_ALIGNED if one.inputs is None else NO_KERNEL
+    backward = status != DENSE and pattern in one.backward and bool(kernels_for(one.shape[::-1], dtype))
     passes = [*(["forward"] if status == ACCELERATED else []), *(["backward (dX = dY W)"] if backward else [])]
-    return Audited(
-        role,
-        shape,
-        str(dtype).removeprefix("torch."),
-        sparsity,
-        None if inputs is None else str(inputs),
-        None if outputs is None else str(outputs),
-        groups,
-        kernels,
-        status,
-        " and ".join(passes) or "none",
-        chosen_packing(inputs, outputs, weight.numel(), count, dtype.itemsize)[2],
+    return replace(
+        one,
+        dtype=str(dtype).removeprefix("torch."),
+        kernels=kernels,
+        status=status,
+        helps=" and ".join(passes) or "none",
+        packed=chosen_packing(one.inputs, one.outputs, one.weights, kept, dtype.itemsize)[2],
     )
 
 
@@ -163,39 +196,62 @@ def audit(model: nn.Module, blocks: list[Block], dtype: torch.dtype | None = Non
         with hold(block):
             found |= {p.name: audit_matrix(p.weight, p.role, dtype) for p in audited(block)}
         runs |= {p.name: _share_of_tokens(model, block, p) for p in audited(block)}
-    linear = [model.get_parameter(name) for name in linear_names(model)]
+    own = _summed(model, blocks, found, runs, dtype)
+    if any(one.dtype != "float32" for one in found.values()):
+        return own
+    halved = {name: stored_in(one, torch.bfloat16) for name, one in found.items()}
+    return replace(own, bfloat16=_summed(model, blocks, halved, runs, torch.bfloat16))
+
+
+def _summed(
+    model: nn.Module, blocks: list[Block], found: dict[str, Audited], runs: dict[str, float], dtype: torch.dtype | None
+) -> Audit:
+    """The sums over the projections `found`, each of which sees the share `runs` of the tokens."""
+    # a tower for images lies beside the language model, and is not run for a token of text
+    inside = blocks[0].name.rpartition(".")[0].rpartition(".")[0] if blocks else ""
+    linear = [model.get_parameter(name) for name in linear_names(model) if name.startswith(inside)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    fast, sparse = ([n for n, one in found.items() if is_so(one)] for is_so in (_is_fast, _is_sparse))
     # what experts that a token does not visit would add
     idle = {name: (1 - runs[name]) * one.weights for name, one in found.items()}
     operations = sum(p.numel() for p in linear) - sum(idle.values())
     dense = sum(p.numel() * (dtype or p.dtype).itemsize for p in (*linear, *([] if head is None else [head.weight])))
     dense -= round(sum(weights * found[name].size for name, weights in idle.items()))
     disk = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
+    spared = sum(runs[name] * one.weights / 2 for name, one in found.items() if one.status == ACCELERATED)
     return Audit(
         found,
-        operations / (operations - sum(runs[n] * found[n].weights / 2 for n in fast)),
+        operations / (operations - spared),
         {
             "dense": dense,
-            "packed": round(dense - sum(runs[n] * found[n].weights * (found[n].size / 2 - 1 / 8) for n in fast)),
-            "bitmask": round(dense - sum(runs[n] * found[n].masked_saving for n in sparse)),
+            "packed": round(dense - sum(runs[name] * one.saving for name, one in found.items())),
+            "bitmask": round(dense - sum(runs[name] * one.masked_saving for name, one in found.items())),
         },
         {"dense": disk, "packed": disk - sum(one.weights * one.size - one.packed for one in found.values())},
     )
 
 
 def as_dict(audit: Audit) -> dict[str, Any]:
-    """For a record: the sums, and each kind of projection once, with the names of those that are of it."""
-    kinds, found = dict[str, dict[str, Any]](), audit.projections.values()
+    """For a record: the sums, and each kind of projection once, with the names of those that are of it.
+
+    Where weights are in fp32, `bfloat16` has the sums that they would have in bf16.
+    """
+    kinds = dict[str, dict[str, Any]]()
     for name, one in audit.projections.items():
-        facts = {key: value for key, value in asdict(one).items() if key != "sparsity"}  # which a record has already
+        unsaid = ("sparsity", "forward", "backward")  # a record has it already, or status and helps tell
+        facts = {key: value for key, value in asdict(one).items() if key not in unsaid}
+        facts |= {side: None if (nm := getattr(one, side)) is None else str(nm) for side in ("inputs", "outputs")}
         facts["groups"] = None if one.groups is None or one.status == DENSE else round(one.groups, 4)
         facts |= {"axis": one.axis, "shape": list(one.shape), "kernels": list(one.kernels)}
         kinds.setdefault(repr(facts), facts | {"projections": []})["projections"].append(name)
+    more = {} if audit.bfloat16 is None else {"bfloat16": _sums(audit.bfloat16)}
+    return {"kinds": list(kinds.values()), **_sums(audit), **more}
+
+
+def _sums(audit: Audit) -> dict[str, Any]:
+    helps = dict.fromkeys(one.helps for one in audit.projections.values() if one.helps != "none")
     return {
-        "kinds": list(kinds.values()),
         "status": status_of(audit),
-        "helps": ", ".join(dict.fromkeys(one.helps for one in found if one.helps != "none")) or "none",
+        "helps": ", ".join(helps) or "none",
         "prefill": audit.prefill,
         "decode": audit.decode,
         "read": audit.read,
@@ -217,12 +273,19 @@ def status_of(audit: Audit) -> str:
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
     """An audit as `as_dict` gives it, in words for people."""
+    facts = _words(record)
+    if "bfloat16" in record:
+        facts |= {f"{name}, in bf16": text for name, text in _words(record["bfloat16"]).items()}
+    return facts
+
+
+def _words(sums: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "sparse tensor cores": record["status"],
-        "passes that they speed up": record["helps"],
-        "speed-up, at most": f"prefill {record['prefill']:.2f}, "
-        f"decode {record['decode']['packed']:.2f} with 2:4 kernels, {record['decode']['bitmask']:.2f} with a bitmask",
-        "bytes on disk": f"{record['disk']['dense']} dense, {record['disk']['packed']} packed",
+        "sparse tensor cores": sums["status"],
+        "passes that they speed up": sums["helps"],
+        "speed-up, at most": f"prefill {sums['prefill']:.2f}, "
+        f"decode {sums['decode']['packed']:.2f} with 2:4 kernels, {sums['decode']['bitmask']:.2f} with a bitmask",
+        "bytes on disk": f"{sums['disk']['dense']} dense, {sums['disk']['packed']} packed",
     }
 
 
@@ -235,11 +298,3 @@ def _share_of_tokens(model: nn.Module, block: Block, p: Projection) -> float:
     text, experts = config.get_text_config(), sum(one.routed for one in block.units)
     known = (getattr(text, name, None) for name in TOKEN_EXPERTS)
     return next((n for n in known if isinstance(n, int)), experts) / experts
-
-
-def _is_fast(one: Audited) -> bool:
-    return one.status == ACCELERATED
-
-
-def _is_sparse(one: Audited) -> bool:
-    return one.status != DENSE

@@ -1,7 +1,7 @@
 """Weights as torch's semi-structured tensors, which sparse tensor cores multiply by; and never a mask that they break.
 
-torch's packers take any matrix and keep 2 of 4 along the inputs: of DaSS's gate and up, 2:4 along the outputs, they
-drop 3/16 of the kept weights without a word. Here each matrix is looked at first.
+torch's packers take any matrix and keep 2 of 4 along the inputs, of fp32 1 of 2: of DaSS's gate and up, 2:4 along the
+outputs, they drop 3/16 of the kept weights without a word, and of any 2:4 in fp32 a sixth. Each is looked at first.
 """
 
 from collections.abc import Mapping
@@ -9,9 +9,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dass.audit import ACCELERATED, KERNELS, audit_matrix, kernels_for
+from dass.audit import ACCELERATED, KERNELS, audit_matrix, audited, executed, kernels_for, obeys
 from dass.errors import DassError
 from dass.pruning.layout import find_blocks
+from dass.pruning.masks import NM
+
+REMEDY = {
+    NM(2, 4): "prune it along in or both, or keep it dense",
+    NM(1, 2): "store it in 16 bits, of which it executes 2:4, or keep it dense",
+}
 
 
 def require_executable(weight: Tensor, name: str = "a layer", kernel: str | None = None) -> None:
@@ -20,18 +26,21 @@ def require_executable(weight: Tensor, name: str = "a layer", kernel: str | None
     Args:
         kernel: that of `KERNELS` which is to take its shape and dtype; None: any of them.
     """
-    groups = (weight != 0).unflatten(1, (-1, 4)).sum(2) if weight.shape[1] % 4 == 0 else None
-    if groups is None or (groups > 2).any():
-        lost = None if groups is None else (groups - 2).clamp_min(0).sum() / groups.sum()
-        drops = "" if lost is None else f", of which it would drop {lost:.1%} without a word"
+    kept, pattern, dtype = weight != 0, executed(weight.dtype), str(weight.dtype).removeprefix("torch.")
+    if not obeys(kept, pattern):
+        drops, inputs = "", weight.shape[1]
+        if inputs % pattern.m == 0:
+            groups = kept.unflatten(1, (-1, pattern.m)).sum(2)
+            lost = (groups - pattern.n).clamp_min(0).sum() / groups.sum()
+            drops = f", of which it would drop {lost:.1%} without a word"
         raise DassError(
-            f"{name} is not 2:4 along its {weight.shape[1]} inputs, and a sparse tensor core cannot execute its weights"
-            f"{drops}: prune it along in or both, or keep it dense."
+            f"{name} is not {pattern} along its {inputs} inputs, and a sparse tensor core cannot execute its weights in"
+            f" {dtype}{drops}: {REMEDY[pattern]}."
         )
     found = kernels_for((weight.shape[0], weight.shape[1]), weight.dtype)
     if not found or (kernel is not None and kernel not in found):
         raise DassError(
-            f"{name} {tuple(weight.shape)} in {str(weight.dtype).removeprefix('torch.')} fits no kernel of "
+            f"{name} {tuple(weight.shape)} in {dtype} fits no kernel of "
             f"{kernel or ' or '.join(KERNELS)}: keep it dense."
         )
 
@@ -40,14 +49,16 @@ def semi_structured(weight: Tensor, kernel: str | None = None, name: str = "a la
     """A matrix on a GPU as a semi-structured tensor for `nn.functional.linear`.
 
     Args:
-        kernel: one of `KERNELS`; None: torch's choice.
+        kernel: one of `KERNELS`; None: the first that takes it and that this torch was built with.
 
     Raises:
         DassError: as `require_executable`.
     """
     require_executable(weight, name, kernel)
     if kernel is None:
-        return torch.sparse.to_sparse_semi_structured(weight.contiguous())
+        fitting = kernels_for((weight.shape[0], weight.shape[1]), weight.dtype)
+        there = [one for one in fitting if one != "cuSPARSELt" or torch.backends.cusparselt.is_available()]
+        kernel = (there or fitting)[0]
     return KERNELS[kernel].from_dense(weight.contiguous())
 
 
@@ -65,7 +76,7 @@ def speed_up(model: nn.Module, projections: Mapping[str, str] | None = None) -> 
     """
     if next(model.parameters()).device.type != "cuda":
         raise DassError("Semi-structured tensors need a GPU: load the packed model without them.", field="device")
-    names, layers = [], {p.module for block in find_blocks(model, projections) for p in block.projections}
+    names, layers = [], {p.module for block in find_blocks(model, projections) for p in audited(block)}
     for name, layer in model.named_modules():
         if layer in layers and isinstance(layer, nn.Linear) and audit_matrix(layer.weight).status == ACCELERATED:
             layer.weight = nn.Parameter(semi_structured(layer.weight.detach(), name=name), requires_grad=False)

@@ -253,13 +253,19 @@ class Bounds(Part):
     bitmask: Annotated[float, Field(ge=1)]
 
 
-class Audit(Part):
-    """What hardware can make of the zeros, as `dass/audit.py` tells it."""
+class AuditSums(Part):
+    """What hardware can make of the zeros of a whole model."""
 
     status: Word
     helps: Word
     prefill: Annotated[float, Field(ge=1)]
     decode: Bounds
+
+
+class Audit(AuditSums):
+    """The same as `dass/audit.py` tells it: of the weights as they are, and of fp32 what it would be in bf16."""
+
+    bfloat16: AuditSums | None = None
 
 
 class Evaluated(Part):

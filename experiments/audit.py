@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from tabulate import tabulate
 
 from dass.audit import DENSE, Audited, as_dict, audit, audited, facts_of
+from dass.checkpoint import most_stored
 from dass.errors import DassError, told
-from dass.models import resolve_dtype
+from dass.models import DTYPES, resolve_dtype
 from dass.sparsity import sparsity_report
 from dass.streaming import load_streamed
 from experiments.plain import run_plain
@@ -33,7 +34,9 @@ class AuditConfig:
 
 def main(config: AuditConfig) -> None:
     """Print a row for each projection, and the sums; DassError where the model cannot be read."""
-    dtype = resolve_dtype("auto", config.model, None)
+    # another tool's config.json need not tell what its weights are
+    stored = most_stored(Path(config.model)) if Path(config.model).is_dir() else None
+    dtype = stored if stored in DTYPES else resolve_dtype("auto", config.model, None)
     with tempfile.TemporaryDirectory() as scratch:
         roles = None if config.projections is None else roles_of(config.projections)
         model, shelf = load_streamed(config.model, None, dtype, torch.device("cpu"), Path(scratch), roles)
@@ -72,6 +75,8 @@ def _row(one: Audited) -> dict[str, str]:
         "Kernels for shape and dtype": ", ".join(one.kernels) or "none",
         "Status": one.status,
         "Helps": one.helps,
+        "Bytes": str(one.weights * one.size),
+        "Packed": str(one.packed),
     }
 
 

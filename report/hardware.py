@@ -12,7 +12,8 @@ from report.runs import RELEASED, Run, frame_of
 
 HARDWARE_LEGEND = (
     "± one standard error over windows. Bold: the lowest perplexity of a pattern and every other that cannot be told "
-    "apart from it; Δ loss: nats per token, ≈: cannot be told apart. Status, of the roles that are pruned: "
+    "apart from it; Δ loss: nats per token, ≈: cannot be told apart. Status, of the roles that are pruned, and bounds: "
+    "stored in bf16 where the run has fp32, whose kernel takes 1:2 alone. "
     "accelerated: 2:4 along the inputs, and a kernel of torch takes shape and dtype; K-aligned but no kernel: N:M on "
     "the inputs, but another pattern or shape; not K-aligned: no sparse tensor core executes it forward. Helps: the "
     "passes that it does speed up. At most: prefill: Amdahl over the operations of the linear layers; decode: over the "
@@ -62,6 +63,7 @@ def hardware_figure(cells: pd.DataFrame) -> Figure:
 
 
 def audit_of(runs: list[Run]) -> dict[str, Any]:
-    """What the record of the first run says, flat; empty where there is none, or from before there was an audit."""
+    """What the record of the first run says, of fp32 as if in bf16, flat; empty where there is none, or no audit."""
     audit = next((run.record["audit"] for run in runs if run.record and run.record.get("audit")), None)
+    audit = audit and audit.get("bfloat16", audit)
     return {} if audit is None else {key: audit[key] for key in ("status", "helps", "prefill")} | audit["decode"]

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from dass.audit import as_dict, audit, audit_matrix, facts_of, kernels_for
 from dass.errors import DassError
@@ -18,7 +19,7 @@ from dass.pruning.walk import prune_model
 from experiments import audit as command
 from experiments.plain import run_plain
 from tests.experiments.test_prune import records, run, setting  # noqa: F401  (a fixture)
-from tests.models import random_tokens, tiny_model
+from tests.models import image_model, random_tokens, tiny_model
 
 BACKWARD = "backward (dX = dY W)"
 
@@ -36,7 +37,10 @@ def matrix(shape=(128, 256), pattern=None, axis="in", dtype=torch.bfloat16):
         ({"pattern": NM(2, 4)}, "accelerated", "in", "2:4", None, "forward"),
         ({"pattern": NM(1, 4)}, "accelerated", "in", "1:4", None, "forward"),
         ({"pattern": NM(2, 4), "axis": "both"}, "accelerated", "both", "2:4", "2:4", f"forward and {BACKWARD}"),
-        ({"pattern": NM(2, 4), "dtype": torch.float32}, "accelerated", "in", "2:4", None, "forward"),
+        ({"pattern": NM(2, 4), "dtype": torch.float32}, "K-aligned but no kernel", "in", "2:4", None, "none"),
+        ({"pattern": NM(2, 4), "dtype": torch.float32, "axis": "out"}, "not K-aligned", "out", None, "2:4", "none"),
+        ({"pattern": NM(1, 2), "dtype": torch.float32}, "accelerated", "in", "1:2", None, "forward"),
+        ({"pattern": NM(1, 4), "dtype": torch.float32, "axis": "out"}, "not K-aligned", "out", None, "1:4", BACKWARD),
         ({"pattern": NM(4, 8)}, "K-aligned but no kernel", "in", "4:8", None, "none"),
         ({"pattern": NM(4, 8), "axis": "both"}, "K-aligned but no kernel", "both", "4:8", "4:8", "none"),
         ({"pattern": NM(2, 3), "shape": (96, 192)}, "K-aligned but no kernel", "in", "2:3", None, "none"),
@@ -56,7 +60,7 @@ def matrix(shape=(128, 256), pattern=None, axis="in", dtype=torch.bfloat16):
 def test_every_status(made, status, axis, inputs, outputs, helps):
     found = audit_matrix(matrix(**made))
     assert (found.status, found.axis, found.helps) == (status, axis, helps)
-    assert (found.inputs, found.outputs) == (inputs, outputs)
+    assert tuple(side and str(side) for side in (found.inputs, found.outputs)) == (inputs, outputs)
 
 
 def test_groups_along_the_inputs():
@@ -104,6 +108,49 @@ def test_the_sums_by_hand():
     assert "backward (dX = dY W), forward" in facts_of(record)["passes that they speed up"]
     wide = audit(pruned({"gate": "out", "up": "out", "down": "in"}), find_blocks(model), torch.bfloat16)
     assert wide.read == found.read
+
+
+def test_what_is_in_fp32_is_told_in_bf16_too():
+    """Of 2:4 in fp32 torch's packer keeps 1 of 2: nothing is accelerated, and in bf16 it would be."""
+    model = pruned({"gate": "out", "up": "out", "down": "in"})
+    record = as_dict(audit(model, find_blocks(model)))
+    assert record["status"] == "gate, up: not K-aligned; down: K-aligned but no kernel"
+    assert record["prefill"] == record["decode"]["packed"] == 1 < record["decode"]["bitmask"]
+    halved = as_dict(audit(model.bfloat16(), find_blocks(model)))
+    assert "bfloat16" not in halved and record["bfloat16"] == {k: v for k, v in halved.items() if k != "kinds"}
+    facts = facts_of(record)
+    assert facts["sparse tensor cores, in bf16"] == halved["status"] != facts["sparse tensor cores"]
+
+
+def test_the_format_of_the_kernels_has_as_many_bytes_as_torchs():
+    for pattern, dtype in ((NM(2, 4), torch.bfloat16), (NM(1, 2), torch.float32)):
+        weight = matrix((64, 256), pattern, dtype=dtype)
+        found = audit_matrix(weight)
+        values, meta = sparse_semi_structured_from_dense_cutlass(weight)
+        assert weight.nbytes - found.saving == values.nbytes + meta.nbytes
+
+
+def test_a_tower_for_images_is_not_run_for_text():
+    """As in the language model alone, whose MLPs are the pruned ones."""
+    model = image_model("mistral3").bfloat16()
+    for block in (blocks := find_blocks(model)):
+        for p in block.projections:
+            p.weight.data.masked_fill_(~select_mask(p.weight.float().abs(), NM(2, 4), "in").keep, 0)
+    found = audit(model, blocks)
+    inside = sum(one.weights for one in found.projections.values())
+    fast = sum(one.weights for one in found.projections.values() if one.status == "accelerated")
+    assert fast > 0 and found.prefill == pytest.approx(inside / (inside - fast / 2))
+
+
+@pytest.mark.parametrize(("weights", "said"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_the_dtype_is_that_of_the_weights(tmp_path, capsys, weights, said):
+    tiny_model().to(getattr(torch, weights)).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": said}))
+    command.main(command.AuditConfig(str(tmp_path / "model")))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| model.layers.")]
+    assert rows and all(f"| {weights} " in row for row in rows)
+    assert f"| {32 * 64 * getattr(torch, weights).itemsize} " in next(row for row in rows if "gate_proj" in row)
 
 
 def test_experts_count_by_the_tokens_that_they_see():

@@ -13,11 +13,13 @@ from torch.sparse._semi_structured_conversions import (
 )
 from transformers import AutoModelForCausalLM
 
+from dass.audit import audit
 from dass.checkpoint import PACKED
 from dass.errors import DassError
 from dass.folders import SEAL, read_seal
 from dass.kernels import require_executable, semi_structured, speed_up
 from dass.packed_model import load_packed, pack_model, unpack_model
+from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured, select_mask
 from dass.pruning.method import Method
 from dass.pruning.pruner import BlockPruner
@@ -177,9 +179,29 @@ def test_torchs_packer_drops_three_sixteenths_of_a_mask_along_the_outputs_and_ou
                 refuse(weight)
 
 
+@pytest.mark.parametrize("axis", ["in", "both"])
+def test_torchs_packer_drops_a_sixth_of_fp32_and_ours_refuses_it(axis):
+    """It keeps 1 of 2: of the 6 ways to keep 2 of 4, 2 have both in one pair, which loses one of the two."""
+    weight = pruned(axis).float()
+    values, _ = sparse_semi_structured_from_dense_cutlass(weight)
+    lost = 1 - (values.count_nonzero() / weight.count_nonzero()).item()
+    assert lost == pytest.approx(1 / 6, abs=0.02)
+    for refuse in (require_executable, semi_structured):
+        with pytest.raises(DassError, match=f"not 1:2 .* float32, of which it would drop {lost:.1%} .* in 16 bits"):
+            refuse(weight)
+    spared = weight.masked_fill(~select_mask(weight.abs(), NM(1, 2), "in").keep, 0)
+    through = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(spared))
+    require_executable(spared, kernel="CUTLASS")
+    assert torch.equal(through, spared)
+
+
 @pytest.mark.parametrize(
     ("weight", "kernel"),
-    [(pruned("in", (100, 64)), None), (pruned("in").double(), None), (pruned("in").float(), "cuSPARSELt")],
+    [
+        (pruned("in", (100, 64)), None),
+        (pruned("in").double(), None),
+        (pruned("in").float()[:, 1::2].repeat(1, 2) * torch.tensor([1, 0] * 256), "cuSPARSELt"),
+    ],
     ids=["shape", "fp64", "fp32"],
 )
 def test_what_fits_no_kernel_is_refused(weight, kernel):
@@ -213,3 +235,15 @@ def test_only_accelerated_layers_become_semi_structured(monkeypatch, architectur
     first = next(model.parameters())
     monkeypatch.setattr(type(first), "device", property(lambda _: torch.device("cuda")), raising=False)
     assert speed_up(model) == [f"model.layers.{i}.mlp.{n}" for i in range(len(model.model.layers)) for n in names]
+
+
+def test_all_that_the_audit_calls_accelerated_becomes_semi_structured(monkeypatch):
+    """DeepSeek's attention is no projection, and another tool has pruned it."""
+    model = tiny_model("deepseek_v3", hidden_size=64, kv_lora_rank=32, q_lora_rank=32).bfloat16()
+    for layer in (m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "self_attn" in name):
+        layer.weight.data.masked_fill_(~select_mask(layer.weight.float().abs(), NM(2, 4), "in").keep, 0)
+    named = audit(model, find_blocks(model)).projections
+    monkeypatch.setattr("dass.kernels.semi_structured", lambda weight, name: weight * 2)
+    monkeypatch.setattr(torch.nn.Parameter, "device", property(lambda _: torch.device("cuda")), raising=False)
+    expected = {name for name, one in named.items() if one.status == "accelerated"}
+    assert set(speed_up(model)) == expected and len(expected) > 4
