@@ -169,9 +169,11 @@ def scaling_figure(measured: pd.DataFrame) -> Figure:
 
 
 def main() -> None:
-    """Measure what `benchmark_scaling.csv` does not hold yet, and write the tables and the figure."""
+    """Measure what `benchmark_scaling.csv` does not hold yet of this machine, and write the tables and the figure."""
     path, known = OUT / "benchmark_scaling.csv", ["width", "depth", "tokens", "axis", "method"]
-    done = pd.read_csv(path).to_dict("records") if path.exists() else []
+    here = {"machine": machine_description(torch.device("cpu"))["cpu"], "commit": git_state()["commit"]}
+    found = pd.read_csv(path).to_dict("records") if path.exists() else []
+    done = [one for one in found if one["machine"] == here["machine"]]  # an exponent is that of one machine
     bar = progress(points(), "scaling", "point")
     for point in bar:
         if any({name: one[name] for name in known} == point for one in done):
@@ -181,11 +183,11 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.scaling", *map(str, sizes), folder]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-        done.append(point | json.loads(out.splitlines()[-1]) | planned(*sizes))
+        done.append(point | json.loads(out.splitlines()[-1]) | planned(*sizes) | here)
         write_atomically(path, pd.DataFrame(done).to_csv(index=False))
-    measured, machine = pd.DataFrame(done), machine_description(torch.device("cpu"))
-    facts = {"model": "random, f = 2.6875 d, bf16 on disk, computed in fp32, 2:4", "machine": f"{machine['cpu']}"}
-    facts |= {"threads": "1", "commit": f"{git_state()['commit']}", "command": "make benchmark-scaling"}
+    measured = pd.DataFrame(done)
+    facts = {"model": "random, f = 2.6875 d, bf16 on disk, computed in fp32, 2:4", "machine": here["machine"]}
+    facts |= {"threads": "1", "commit": ", ".join(measured.commit.unique()), "command": "make benchmark-scaling"}
     text = to_markdown([exponent_grid(measured, facts), fit_grid(measured)])
     write_atomically(path.with_suffix(".md"), text)
     write_figure(lambda: scaling_figure(measured), OUT / "figures", "benchmark_scaling")

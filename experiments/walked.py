@@ -95,7 +95,9 @@ def prune(
     start = _goes_on(walked, blocks, shelf, kept, plan.keeps_masks)
     bar = progress(None, "pruning", "block", len(blocks))
     bar.update(start[0])
-    writes = rounding(model, str(plan.stored).removeprefix("torch."))
+    stored = rounding(model, str(plan.stored).removeprefix("torch."))
+    # what is trained on is rounded at the end alone, also where a killed run goes on
+    writes = (lambda name, tensor: tensor) if config.finetune.steps else stored
 
     def done(index: int, batches: Iterable[torch.Tensor]) -> None:
         if plan.compares or not first(kept.is_due):
@@ -113,7 +115,7 @@ def prune(
     rare, projections = config.calibration.min_expert_tokens, config.model.projections
     one_by_one = shelf is not None and shelf.by_expert
     fixed = all(pruner.targets == "mlp" for pruner in plan.pruners.values())
-    hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=writes)
+    hold = resident if shelf is None else shelf.hold if plan.compares else partial(shelf.change, stored=stored)
     steps = walk(model, calibration, needs, size, rare, projections, hold, start, done, kept.folder, halved, fixed)
     for step in steps:
         counts: list[tuple[int, int]] = []

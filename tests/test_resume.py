@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from dass.errors import DassError
 from dass.evaluation.zero_shot import TASKS
 from dass.pruning.layout import find_blocks
 from dass.resume import STATE, Kept
-from experiments import walked
+from experiments import training, walked
 from tests.evaluation.test_zero_shot import any_items, write
 from tests.experiments.test_prune import ROOT, records, run, setting  # noqa: F401  (a fixture)
 from tests.models import VOCABULARY, tiny_model
@@ -92,6 +93,25 @@ def test_a_run_that_was_killed_between_blocks_ends_the_same(
     assert "goes on behind block 2 of 3" in capsys.readouterr().err
     assert same(ended(tmp_path, one), ended(tmp_path, other))
     assert not [path for path in (other / "runs").iterdir() if path.name.startswith(".")]
+
+
+def test_a_model_in_16_bits_killed_before_its_training(setting, tmp_path, monkeypatch, always):  # noqa: F811
+    """It computes in fp32, and its pruned weights are rounded behind the training, not before it."""
+    path = tmp_path / "model"  # of the setting
+    half = shutil.copytree(path, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(path).bfloat16().save_pretrained(half)
+    own = [*setting, *OBS, f"model.path={half}", "finetune.steps=1", "finetune.every=1", "finetune.n_sequences=6"]
+    own += ["finetune.batch=2", "model.dtype=auto", f"results_dir={tmp_path / 'runs'}"]
+    run(*own)
+    (whole,) = records(tmp_path)
+    (tmp_path / "runs" / f"{whole['id']}.json").unlink()
+    back = killed_at(monkeypatch, training, "judged", 1)
+    with pytest.raises(SystemExit):
+        run(*own)
+    back()
+    run(*own)
+    (again,) = records(tmp_path)
+    assert again["training"] == whole["training"] and again["windows"] == whole["windows"]
 
 
 def test_an_evaluation_goes_on_behind_the_last_batch(setting, tmp_path, monkeypatch, always):  # noqa: F811

@@ -79,6 +79,8 @@ def exchanged(weight: Tensor, mask: Mask, hessian: Tensor, most: int = 1000) -> 
             "update=obs.",
             "method.update",
         )
+    if mask.keep.all():  # of few inputs a small share may be none
+        return mask
     size = mask.pattern.m if isinstance(mask.pattern, NM) else None
     # rows that no exchange joins are islands of their own
     joined = 1 if mask.axis == "in" else len(weight) if mask.axis == "layer" or size is None else size

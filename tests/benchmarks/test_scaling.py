@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from benchmarks import scaling
 from benchmarks.scaling import AXES, MIDDLE, TERMS, exponent_grid, fit, fit_grid, planned, points, scaling_figure
 
 RATES = dict(zip(TERMS, (1e-11, 2e-11, 4e-11, 8e-11), strict=True))
@@ -51,6 +53,27 @@ def test_the_exponents_stand_beside_the_plans(table):
     plan = float(rows.loc[("width", "sparsegpt"), "Time"].split("(")[1].rstrip(")"))
     assert 2.2 < plan < 3.0 and plan > float(rows.loc[("width", "wanda"), "Time"].split("(")[1].rstrip(")"))
     assert len(scaling_figure(table).axes) == 2 * len(AXES)
+
+
+def test_what_another_machine_measured_is_measured_anew(table, tmp_path, monkeypatch):
+    """One point is missing here, all are of another machine there; the table names the machine of its points."""
+    here, path = scaling.machine_description(torch.device("cpu"))["cpu"], tmp_path / "benchmark_scaling.csv"
+    asked = []
+
+    def measure(command, **keywords):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"seconds": 1.0, "bytes": 1e6}))
+
+    monkeypatch.setattr(scaling, "OUT", tmp_path)
+    monkeypatch.setattr(scaling.subprocess, "run", measure)
+    monkeypatch.setattr(scaling, "git_state", lambda: {"commit": "of today"})
+    table.assign(machine=here, commit="of then")[1:].to_csv(path, index=False)
+    scaling.main()
+    text = path.with_suffix(".md").read_text()
+    assert len(asked) == 1 and here in text and "of then" in text and "of today" in text
+    table.assign(machine="another", commit="of then").to_csv(path, index=False)
+    scaling.main()
+    assert len(asked) == 1 + len(table) and "of then" not in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow  # a process of its own imports everything

@@ -179,3 +179,11 @@ def test_groups_that_it_does_not_know():
     mask = select_mask(weight.abs(), Unstructured(0.5), "layer")
     with pytest.raises(DassError, match=r"in blocks of columns"):
         exchanged(weight, Mask(mask.keep, mask.pattern, "layer", column_block=8), hessian)
+
+
+@pytest.mark.parametrize("axis", ["in", "out", "layer"])
+def test_where_nothing_is_pruned_nothing_is_exchanged(axis):
+    """A hundredth of 16 inputs is none."""
+    _, weight, hessian = problem()
+    mask = select_mask(weight.abs(), Unstructured(0.001), axis)
+    assert mask.keep.all() and exchanged(weight, mask, hessian).keep.all()
