@@ -146,10 +146,10 @@ def obeys(kept: Tensor, pattern: NM) -> bool:
 def audit_matrix(weight: Tensor, role: str = "", dtype: torch.dtype | None = None) -> Audited:
     """What one matrix `(out_features, in_features)` is to hardware; `dtype`: what it is stored in, if another."""
     kept, shape = weight != 0, (weight.shape[0], weight.shape[1])
+    forward, backward = (tuple(nm for nm in HALVES if obeys(lines, nm)) for lines in (kept, kept.T))
+    sparsity, groups = 1 - int(kept.sum()) / weight.numel(), share_of_groups(weight)
     along = nm_along(kept), nm_along(kept.T)
-    held = [tuple(pattern for pattern in HALVES if obeys(lines, pattern)) for lines in (kept, kept.T)]
-    sparsity = 1 - int(kept.sum()) / weight.numel()
-    found = Audited(role, shape, "", sparsity, *along, *held, share_of_groups(weight), (), DENSE, "none", 0)
+    found = Audited(role, shape, "", sparsity, *along, forward, backward, groups, (), DENSE, "none", 0)
     return stored_in(found, dtype or weight.dtype)
 
 
