@@ -2,11 +2,13 @@
 
 python -m benchmarks.speed        writes results/benchmark_speed.md and, with a GPU, its figure
 
-Each product is compared with the dense one before it is timed, and a mask that a kernel would break is refused.
-Without a GPU the table says that nothing was measured.
+Each product is compared with the dense one before it is timed, and a mask that a kernel would break is refused: its
+cells stay empty, with the reason below the table. Without a GPU the table says that nothing was measured, unless it
+holds what another machine measured.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,13 +26,13 @@ from torch.sparse._semi_structured_conversions import (
 from torch.utils.benchmark import Timer
 
 from dass.audit import KERNELS
-from dass.errors import DassError
+from dass.errors import DassError, first_line
 from dass.kernels import require_executable, semi_structured
 from dass.models import resolve_device
 from dass.pruning.masks import NM, Axis, select_mask
 from dass.records import git_state, machine_description, package_versions, write_atomically
 from report.figures import draw, write_figure
-from report.grid import MISSING, Grid, to_markdown
+from report.grid import MISSING, Grid, as_markdown, to_markdown
 
 SHAPES = {"LLaMA2-7B": (4096, 11008), "LLaMA2-70B": (8192, 28672), "Mistral 7B": (4096, 14336)}
 SHAPES |= {"Gemma 7B": (3072, 24576)}
@@ -42,6 +44,7 @@ DENSE = "dense"
 CLOSE = 1e-2  # relative, of a product summed in another order in 16 bits
 SECONDS = 0.5  # that each timing takes at least
 NOT_MEASURED = "not measured"
+NO_GPU = f"no GPU: {NOT_MEASURED}"
 LEGEND = (
     "Microseconds: median ± half the interquartile range; in brackets the speed-up over dense. gate, up and down: one "
     "product each, 2:4 along the inputs; MLP: all three with the activation; backward: dX = dY W of a gate or up that "
@@ -64,6 +67,8 @@ class Timing:
     engine: str
     median: float
     spread: float
+    fault: str = ""
+    """Why it has no times, which are NaN then."""
 
 
 def layer(weight: Tensor, engine: str) -> Work:
@@ -124,15 +129,16 @@ def measure(
             for count in tokens:
                 x = torch.randn(count, width, device=device).bfloat16()
                 for engine in engines:
-                    median = spread = math.nan
+                    median, spread, fault = math.nan, math.nan, ""
                     try:
                         work = verified(build, engine, x)
                         timer = Timer("work(x)", globals={"work": work, "x": x})
                         taken = timer.blocked_autorange(min_run_time=seconds)
                         median, spread = 1e6 * taken.median, 1e6 * taken.iqr / 2
-                    except RuntimeError as error:  # of a kernel that does not run on this GPU
-                        print(f"note: {engine} fails on {product} of {model} with {count} tokens: {error}", flush=True)
-                    found.append(Timing(model, product, count, engine, median, spread))
+                    except (RuntimeError, DassError) as error:  # a kernel does not run on this GPU, or is wrong
+                        fault = first_line(error)
+                        print(f"note: {engine} fails on {product} of {model} with {count} tokens: {fault}", flush=True)
+                    found.append(Timing(model, product, count, engine, median, spread, fault))
     return found
 
 
@@ -148,7 +154,10 @@ def grid(timings: list[Timing], facts: dict[str, str]) -> Grid:
             own, dense = (measured.get((model, product, count, name)) for name in (engine, DENSE))
             row[f"{count} tokens"] = NOT_MEASURED if own is None or dense is None else cell(own, dense)
         rows.append(row)
-    return Grid("Speed of 2:4 on the MLPs of real models, bf16", pd.DataFrame(rows), facts, LEGEND, words=3)
+    faults = Counter(f"{one.engine}: {one.fault}" for one in timings if one.fault)
+    notes = "\n".join(f"- {as_markdown(fault)} ({count} of the cells)" for fault, count in faults.items())
+    legend = f"{LEGEND}\n\n{notes}" if notes else LEGEND
+    return Grid("Speed of 2:4 on the MLPs of real models, bf16", pd.DataFrame(rows), facts, legend, words=3)
 
 
 def cell(own: Timing, dense: Timing) -> str:
@@ -173,13 +182,16 @@ def figure(timings: list[Timing]) -> Figure:
 
 def main(output: Path = Path("results"), device: str = "auto") -> None:
     """Measure where there is a GPU; write the table, and the figure of what was measured."""
-    where = resolve_device(device)
+    where, path = resolve_device(device), output / "benchmark_speed.md"
+    if where.type != "cuda" and path.is_file() and NO_GPU not in path.read_text(encoding="utf-8"):
+        print(f"There is no GPU to measure on, and {path} holds measurements: it stays as it is.")
+        return
     machine = machine_description(where)
     timings = measure(SHAPES, TOKENS, where) if where.type == "cuda" else []
-    facts = {"machine": f"{machine['gpu'] or 'no GPU: ' + NOT_MEASURED}", "torch": package_versions()["torch"]}
+    facts = {"machine": machine["gpu"] or NO_GPU, "torch": package_versions()["torch"]}
     facts |= {"commit": str(git_state()["commit"]), "command": "make benchmark-speed"}
     text = to_markdown([grid(timings, facts)])
-    write_atomically(output / "benchmark_speed.md", text)
+    write_atomically(path, text)
     if timings:
         write_figure(partial(figure, timings), output / "figures", "benchmark_speed")
     print(text)

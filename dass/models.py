@@ -68,23 +68,29 @@ def load_config(source: str, revision: str | None) -> Any:
     folder = source if Path(source).is_dir() else hub.fetch(source, "config.json", revision).parent
     with _loading(source, f"Cannot load {source}, whose config.json is not understood"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    said = getattr(config, "quantization_config", None)
-    if isinstance(said, dict) and _is_sparse_alone(said):
+    if _sparse_format(config) == "dense":
         del config.quantization_config
     know_activation(str(getattr(config.get_text_config(), "hidden_act", "")))
     return config
 
 
-def _is_sparse_alone(said: dict[str, Any]) -> bool:
-    """Whether llm-compressor's words tell of zeros alone, in matrices that are stored as ever: nothing is quantised."""
-    stored = (said.get("sparsity_config") or {}).get("format", "dense")
-    return said.get("quant_method") == "compressed-tensors" and not said.get("config_groups") and stored == "dense"
+def _sparse_format(config: Any) -> str | None:
+    """How llm-compressor has stored zeros, `dense` being as ever; None where a config does not speak of zeros alone."""
+    said = getattr(config, "quantization_config", None)
+    if not isinstance(said, dict) or said.get("quant_method") != "compressed-tensors" or said.get("config_groups"):
+        return None
+    return str((said.get("sparsity_config") or {}).get("format", "dense"))
 
 
 def require_supported(config: Any) -> None:
     """Raise DassError if a transformers config tells that its model cannot be pruned here; reads no weight."""
     text = config.get_text_config()
     name = config.model_type
+    if (stored := _sparse_format(config)) not in (None, "dense"):
+        raise DassError(
+            f"The weights of {name} are stored compressed, as {stored}, and not quantised: save the model with "
+            f"save_compressed=False in llm-compressor, or load it with the tool that compressed it and save it plain."
+        )
     if any(getattr(part, "quantization_config", None) is not None for part in (config, text)):
         raise DassError(f"{name} is quantised: pruning needs its weights in floating point, so dequantise it first.")
     if config.is_encoder_decoder:

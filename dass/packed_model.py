@@ -1,7 +1,8 @@
 """A model's folder with its sparse weights packed, and back: the same tensors, bit for bit.
 
-Each file of weights, NAME.safetensors, becomes NAME.packed.safetensors; `packed.json` says how each tensor is packed.
-The rest of the folder is copied. config.json is as it was: no other tool is told what it would not understand.
+Each file of weights, NAME.safetensors, becomes NAME.packed.safetensors in the same subfolder; `packed.json` says how
+each tensor is packed. The rest of the folder is copied. config.json is as it was: no other tool is told what it would
+not understand.
 """
 
 import json
@@ -65,8 +66,11 @@ def pack_model(source: Path, folder: Path) -> dict[str, tuple[int, int, int]]:
                 name, after = ("dense", tensor.nbytes) if packed is None else (packed.packing, packed.nbytes)
                 count, *sizes = sums.get(name, (0, 0, 0))
                 sums[name] = (count + 1, sizes[0] + tensor.nbytes, sizes[1] + after)
-            about["files"][path.relative_to(source).as_posix()] = name = f"{path.stem}.packed.safetensors"
-            save_file(tensors, new / name)
+            file = path.relative_to(source)  # shards of other folders may bear the same name
+            place = file.with_name(f"{path.stem}.packed.safetensors")
+            about["files"][file.as_posix()] = place.as_posix()
+            (new / place).parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, new / place)
         (new / PACKED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return sums
 

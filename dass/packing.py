@@ -160,12 +160,13 @@ def product(packed: Packed, x: Tensor) -> tuple[Tensor, int]:
 
     Args:
         packed: of a matrix `(out_features, in_features)`.
-        x: `(in_features,)`, floating point on the CPU; the sums are in its dtype.
+        x: `(in_features,)`, floating point on the CPU; y is of its dtype, rounded once, from sums in fp32 or wider.
     """
     line, place = _places(packed)
     i, j = (place, line) if packed.packing == "out" else (line, place)
-    y = torch.zeros(packed.shape[0], dtype=x.dtype).index_add_(0, i, packed.values.to(x.dtype) * x[j])
-    return y, packed.values.nbytes + packed.codes.nbytes
+    wide = torch.promote_types(x.dtype, torch.float32)  # values are added one by one, and 16 bits lose the small ones
+    y = torch.zeros(packed.shape[0], dtype=wide).index_add_(0, i, packed.values.to(wide) * x.to(wide)[j])
+    return y.to(x.dtype), packed.values.nbytes + packed.codes.nbytes
 
 
 def _places(packed: Packed) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ from tests.models import ARCHITECTURES, LAYOUTS, SIZES, tiny_model
 from tests.tokenizers import tiny_tokenizer
 
 CPU = torch.device("cpu")
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {}}
+COMPRESSED |= {"sparsity_config": {"format": "sparse-24-bitmask"}}
 
 
 @pytest.fixture
@@ -113,10 +115,15 @@ def test_nan_in_a_buffer_that_decides(tmp_path, load):
     [
         ({"hidden_size": "abc"}, "Cannot load"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "is quantised"),
+        (
+            {"quantization_config": COMPRESSED},
+            "llama are stored compressed, as sparse-24-bitmask, and not quantised: .* save_compressed=False",
+        ),
+        ({"quantization_config": COMPRESSED | {"config_groups": {"group_0": {}}}}, "is quantised"),
         ({"model_type": "nosuch"}, "Cannot load"),
         ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "nosuch"}, "Cannot load"),
     ],
-    ids=["broken", "quantised", "unknown", "remote-code"],
+    ids=["broken", "quantised", "compressed", "both", "unknown", "remote-code"],
 )
 def test_configs_that_are_refused(folder, change, says):
     config = json.loads((folder / "config.json").read_text())

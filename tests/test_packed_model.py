@@ -83,6 +83,28 @@ def test_it_is_smaller_and_loads_into_transformers(tmp_path):
     assert load_packed(tmp_path / "packed", "float32").dtype == torch.float32
 
 
+def test_shards_of_one_name_in_several_folders(tmp_path):
+    """As an index may name them: each keeps its own folder, packed and unpacked."""
+    save_pruned(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    shards = {"a/model.safetensors": {}, "b/c/model.safetensors": {}, "model-2.safetensors": {}}
+    places = {name: list(shards)[i % 3] for i, name in enumerate(sorted(tensors))}
+    for name, shard in places.items():
+        shards[shard][name] = tensors[name]
+    for shard, held in shards.items():
+        (tmp_path / "model" / shard).parent.mkdir(parents=True, exist_ok=True)
+        save_file(held, tmp_path / "model" / shard, {"format": "pt"})
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
+    pack_model(tmp_path / "model", tmp_path / "packed")
+    unpack_model(tmp_path / "packed", tmp_path / "again")
+    for shard, held in shards.items():
+        again = load_file(tmp_path / "again" / shard)
+        assert again.keys() == held.keys() and all(torch.equal(again[name], held[name]) for name in held)
+    assert json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())["weight_map"] == places
+
+
 def test_what_is_no_number_to_prune_by_is_left_as_it_is(tmp_path):
     """Another tool's folder may hold numbers of 8 bits, and anything else."""
     save_pruned(tmp_path / "model")

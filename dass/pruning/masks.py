@@ -18,6 +18,7 @@ from dass.pruning.transposable import keep_transposable
 Axis = Literal["in", "out", "layer", "both"]
 AXES: tuple[str, ...] = get_args(Axis)
 LARGEST_RANKED_M = 16  # comparing all pairs of M is fastest up to about here; above, selecting the threshold is
+LARGEST_TOLD_M = 128  # the fullest of larger groups is near the mean by chance, too
 
 
 @dataclass(frozen=True)
@@ -138,27 +139,41 @@ def verify_mask(mask: Mask, name: str = "a layer") -> None:
 
 
 def nm_along(lines: Tensor) -> NM | None:
-    """The strictest N:M that weights obey, M <= 64; None where they obey none that is meant.
+    """The strictest N:M that weights obey, M <= 128; None where they obey none that is meant.
 
     None, too, where the fullest group is far from the mean, as some N of 32 holds in any small matrix with zeros; but
-    2:4 is always told, since hardware asks for nothing more.
+    2:4 is always told, since hardware asks for nothing more. Dead neurons and inputs are not part of the mean: lines
+    that keep nothing, and groups that keep nothing in any line.
 
     Args:
         lines: which weights are kept, `(lines, length)` bool; groups of M are consecutive in a line.
     """
-    found = []
     length = lines.shape[1]
+    look = lines[:: max(1, len(lines) // 64)].contiguous()  # a few lines show that most M do not hold
     # above 32, two groups in a line at least: all lines of an unstructured mask keep as many
-    for m in (m for m in range(2, 65) if length % m == 0 and (m <= 32 or m < length)):
-        for part in (lines[:64], lines):  # a look at a few lines refuses most
-            counts = part.reshape(-1, m).sum(1, dtype=torch.uint8)
-            n = max(1, int(counts.max()))
-            is_meant = n < counts.float().mean() + max(1, n / 8) or (m == 4 and n <= 2)
-            if n == m or not is_meant:
-                break
-        else:
-            found.append(NM(n, m))
-    return min(found, key=lambda pattern: (pattern.n / pattern.m, pattern.m), default=None)
+    sizes = (m for m in range(2, LARGEST_TOLD_M + 1) if length % m == 0 and (m <= 32 or m < length))
+    seen = {m: n for m, n in ((m, _fullest(look, m)) for m in sizes) if n < m}
+    if not seen:
+        return None
+    kept, living, places = int(lines.count_nonzero()), int(lines.amax(1).sum()), lines.amax(0)
+    best, share = None, 1.0
+    for m, least in seen.items():
+        mean = kept / max(1, living * int(places.view(-1, m).any(1).sum()))
+        if least / m < share and _is_meant(least, m, mean):
+            n = _fullest(lines, m)
+            if n / m < share and _is_meant(n, m, mean):
+                best, share = NM(n, m), n / m
+    return best
+
+
+def _fullest(lines: Tensor, m: int) -> int:
+    """How many the fullest group of M keeps, at least 1; M < 256."""
+    return max(1, int(lines.reshape(-1, m).sum(1, dtype=torch.uint8).max()))
+
+
+def _is_meant(n: int, m: int, mean: float) -> bool:
+    """Whether groups of M that keep N at most, and so many on average, do so on purpose; if N is not, no larger one."""
+    return n < mean + min(max(1, n / 8), 2) or (m == 4 and n <= 2)
 
 
 def require_fitting(pattern: Pattern, axis: Axis, where: str = "") -> None:

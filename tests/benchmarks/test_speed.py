@@ -39,20 +39,35 @@ def test_a_wrong_product_is_told():
         speed.verified(lambda engine: lambda x: x if engine == "dense" else 2 * x, "CUTLASS", torch.ones(2, 4))
 
 
-def test_a_kernel_that_fails_is_a_gap_in_the_table(capsys, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("not on this GPU\nnor here"), DassError("It differs by 2%: stop.")])
+def test_a_kernel_that_fails_is_a_gap_in_the_table(capsys, monkeypatch, error):
+    """One that gives another product, too; what else was timed stays, and the reason stands below."""
+
     def fail(build, engine, x):
         if engine != "dense":
-            raise RuntimeError("not on this GPU")
+            raise error
         return build(engine)
 
     monkeypatch.setattr(speed, "verified", fail)
     timings = speed.measure({"tiny": (64, 128)}, (4,), CPU, seconds=0.001)
-    assert set(speed.grid(timings, {}).frame["4 tokens"][1::2]) == {"—"}
-    assert "not on this GPU" in capsys.readouterr().out
+    grid = speed.grid(timings, {})
+    assert set(grid.frame["4 tokens"][1::2]) == {"—"} and "±" in grid.frame["4 tokens"][0]
+    said = str(error).splitlines()[0].rstrip(".")
+    assert said in capsys.readouterr().out and grid.legend.endswith(f"- CUTLASS: {said} (4 of the cells)")
 
 
 def test_without_a_gpu_the_table_says_so(tmp_path, capsys):
-    speed.main(tmp_path, "cpu")
-    text = (tmp_path / "benchmark_speed.md").read_text()
-    assert text.count(speed.NOT_MEASURED) == 1 + 4 * 4 * 3 * 6 and "LLaMA2-70B" in text
+    for _ in range(2):
+        speed.main(tmp_path, "cpu")
+        text = (tmp_path / "benchmark_speed.md").read_text()
+        assert text.count(speed.NOT_MEASURED) == 1 + 4 * 4 * 3 * 6 and "LLaMA2-70B" in text
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark_speed.md"]
+
+
+def test_measurements_are_not_replaced_by_none(tmp_path, capsys):
+    timings = speed.measure({"tiny": (64, 128)}, (4,), CPU, seconds=0.001)
+    text = speed.to_markdown([speed.grid(timings, {"machine": "NVIDIA H100"})])
+    (tmp_path / "benchmark_speed.md").write_text(text)
+    speed.main(tmp_path, "cpu")
+    assert (tmp_path / "benchmark_speed.md").read_text() == text
+    assert "benchmark_speed.md holds measurements: it stays as it is." in capsys.readouterr().out
