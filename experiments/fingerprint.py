@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from dass import hub
 from dass.checkpoint import model_contents
+from dass.code import code_of
 from dass.data import assets
 from dass.data.sources import SOURCES, Part, find_source
 from dass.data.tokens import default_bos
@@ -31,7 +32,6 @@ from dass.records import identity_of, read_records
 from dass.training.masked import train
 from dass.training.stability import judged
 from dass.training.tiny import model_folder, recipe_identity, trained_model
-from experiments.code import code_of
 from experiments.methods import Pruner
 from experiments.schema import CalibrationConfig, EvaluationConfig, ModelConfig, PruneConfig
 from report.reading import runs_of
