@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dass import hub
+from dass.code import code_of, is_ours
 from dass.data import assets
 from dass.data.texts import FIELD, PLAIN, existing_file, read_documents, read_text, sha256_of, suffix_of
 from dass.data.tokens import draw_documents, draw_wikitext, first_sequences
@@ -94,7 +95,7 @@ class Source:
         return found
 
     def identity(self, path: str | Path | None, revision: str | None) -> dict[str, str | None]:
-        """What the name hides: checksums, the revision, and the code of a source that is none of `OURS`."""
+        """What the name hides: checksums, the revision, and the code of what is none of `OURS`."""
         found: dict[str, str | None] = {}
         if self.asset is not None:
             found["sha256"] = assets.packaged_sha256(self.asset)
@@ -102,9 +103,11 @@ class Source:
             found |= {"sha256": sha256_of(Path(path)), "suffix": suffix_of(Path(path))}
         elif self.repository is not None or "revision" in self.parameters:
             found["revision"] = revision
-        if self.name not in OURS or self.read.__module__ != __name__:
-            with contextlib.suppress(OSError):  # typed into a shell
-                found["code"] = inspect.getsource(self.read)
+        strange = self.name not in OURS or self.read.__module__ != __name__
+        for what, function in (("code", self.read), ("draw", self.draw)):
+            if function is not None and (strange or not is_ours(function)):
+                with contextlib.suppress(OSError):  # typed into a shell
+                    found[what] = code_of(function)
         return found
 
 

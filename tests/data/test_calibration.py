@@ -2,9 +2,12 @@
 
 import gzip
 import hashlib
+import importlib
 import json
+import linecache
 import random
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -172,12 +175,38 @@ def test_a_source_from_outside(letters):
         calibration_tokens("letters", tiny_tokenizer(), None, 6, 10, 0, "none", True)
 
 
+@pytest.mark.parametrize("name", ["letters", "c4"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("MARK = 'a'", "MARK = 'b'"), ("page[:9]", "page[:7]"), ("return None", "return 1"), ("step=1", "step=2")],
+)
+def test_all_that_a_source_from_outside_uses_is_in_its_identity(tmp_path, monkeypatch, name, before, after):
+    """Its constants and helpers, how its sequences are drawn, and what that is given; not the comments."""
+    monkeypatch.setattr(sources, "SOURCES", dict(sources.SOURCES))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (
+        "import functools\nfrom dass.data.sources import source\n\nMARK = 'a'\n\n\n"
+        "def pages(text):\n    return [page[:9] for page in text.split(MARK)]\n\n\n"
+        "def drawn(*given, step):\n    return None\n\n\nby_step = functools.partial(drawn, step=1)\n\n\n"
+        f"def letters(path):\n    return pages(path.read_text())\n\n\nsource('{name}', draw=by_step)(letters)\n"
+    )
+    (tmp_path / "a.letters").write_text("w3")
+    seen = []
+    for one in (text, text + "# words\n", text.replace(before, after)):
+        (tmp_path / "strange_letters.py").write_text(one)
+        monkeypatch.delitem(sys.modules, "strange_letters", raising=False)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        importlib.import_module("strange_letters")
+        seen.append(find_source(name, "calibration").identity(tmp_path / "a.letters", None))
+    assert seen[0] == seen[1] != seen[2]
+
+
 def test_identities_are_of_what_a_name_hides(letters, tmp_path, monkeypatch):
     found = find_source("letters", "calibration").identity(letters, None)
     digest = hashlib.sha256(letters.read_bytes()).hexdigest()
-    assert (found["sha256"], found["suffix"]) == (digest, ".letters") and 'path.read_text().split("\\f")' in found[
-        "code"
-    ]
+    assert (found["sha256"], found["suffix"]) == (digest, ".letters") and len(found["code"]) == 16
     monkeypatch.setattr(find_source("letters", "calibration").read, "__module__", sources.__name__)  # README: in there
     assert "code" in find_source("letters", "calibration").identity(letters, None)
     text = find_source("text_file", "evaluation")
