@@ -53,7 +53,7 @@ def missing_run(run_id: str, config: dict[str, Any], calibrates: bool, why: str,
     models = [other for other in found if _recipe(other.config["model"]) == _recipe(config["model"])]
     known = {name: getattr(models[0].setting, name) for name in ("model", "dtype") if models}
     for name in ("evaluation", "calibration"):
-        alike = [other for other in models + found if _given(other.config[name]) == _given(config[name])]
+        alike = [other for other in models + found if _given(name, other.config[name]) == _given(name, config[name])]
         identities = [getattr(other.setting, name) for other in alike if getattr(other.setting, name)]
         if getattr(run.setting, name) and identities:
             known[name] = identities[0]
@@ -74,9 +74,9 @@ def _run(run_id: str, config: dict[str, Any], calibrates: bool, record: dict[str
     setting = Setting(
         model=identity_of(_recipe(model)),
         dtype=None,
-        evaluation=_given(evaluation) or "none",
+        evaluation=_given("evaluation", evaluation) or "none",
         pruned=None if dense else config["targets"] + (f" without {config['exclude']}" if config["exclude"] else ""),
-        calibration=_given(config["calibration"]) if calibrates else None,
+        calibration=_given("calibration", config["calibration"]) if calibrates else None,
     )
     identity: dict[str, Any] = {}
     found: dict[str, Any] = {}  # fields that only a record tells
@@ -166,7 +166,10 @@ def _recipe(model: dict[str, Any]) -> dict[str, Any]:
     return {"name": model["name"], **place_of(model), "trained": trained}
 
 
-def _given(text: dict[str, Any]) -> str | None:
-    """An identity of what its config says of a calibration or an evaluation; None where there is none."""
-    given = {key: value for key, value in text.items() if value is not None}
+def _given(name: str, text: dict[str, Any]) -> str | None:
+    """An identity of what its config says of a calibration or an evaluation; None where there is none.
+
+    Without the values of the baseline: those that came after a record was made are not in its config.
+    """
+    given = {key: value for key, value in hashed(name, text).items() if value is not None}
     return None if text["name"] == "none" else identity_of(given)

@@ -322,6 +322,17 @@ def test_a_missing_run_stands_where_it_would_and_says_why() -> None:
     assert markdown_rows(to_markdown(table))["2:4", "dass"] == ["—"] * 5
 
 
+def test_a_missing_run_stands_beside_records_from_before_a_setting_came() -> None:
+    """A setting at its baseline is what the runs were that did not have it yet; another value is another text."""
+    for value, tables in (("text", 1), ("body", 2)):
+        found = runs_of([make_record("w", "wanda", losses(0.2)), make_record("0", "dense", losses(0))])
+        config = make_record("d", "dass", losses(0.1), alpha=0.5)["config"]
+        for part in ("calibration", "evaluation"):
+            config[part]["field"] = value
+        table = cells_of([*found, missing_run("d", config, True, "out of memory", found)])
+        assert table.table.nunique() == tables
+
+
 def test_a_failed_evaluation_is_a_missing_cell() -> None:
     failed = make_record("d", "dass", losses(0.1)) | {"metrics": [], "windows": []}
     failed["failed"] = {"evaluation": "the text is gone"}
