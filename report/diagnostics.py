@@ -3,21 +3,30 @@
 Everything here is made of what `dass.pruning.comparison.diagnostics` leaves in the records, one for each model.
 """
 
+import textwrap
+from collections import Counter
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dass.fingerprint import hashed
 from dass.pruning.blocks import ROLES
 from dass.pruning.comparison import SHARE, WHOLE
+from dass.records import identity_of
 from report.figures import METHOD_STYLE, OTHER_COLORS, literal
 from report.grid import Grid, number
 from report.predictors import Measured, blocks_frame, correlation_grid, wins_grid
+from report.runs import Run
+from report.words import calibration_words, facts_of, model_words
 
 PAGE_WIDTH = 6.9  # inches, both columns of a two-column paper
 ROW_HEIGHT = 1.25  # inches
 LOG_ABOVE = 10.0  # ratio of the largest to the smallest value of a row of panels
 TITLE_SIZE, TICK_SIZE = 7, 6  # points
+TITLE_WIDTH = 128  # characters of that size, over the whole page
 BY_ROLE = ("errors", "kept", "jaccard")
 NORMS = {
     "cv": "n: std / mean",
@@ -46,6 +55,35 @@ NORMS_LEGEND = (
     "pairs of weights in an input column of gate or up that n^0.5 puts in the other order than their magnitude does; "
     "at 0, DaSS prunes gate and up by magnitude within each column."
 )
+
+
+def comparison_sets(runs: list[Run]) -> list[dict[str, Run]]:
+    """The runs that stand in one set of tables, by the words of their model: each model once, in one setting.
+
+    Settings are those that were given: where a text begins with a BOS token is the model's own.
+    """
+    sets: dict[tuple[Any, ...], dict[str, Run]] = {}
+    times: Counter[tuple[Any, ...]] = Counter()
+    for run in runs:
+        if not run.record or "diagnostics" not in run.record:
+            continue
+        text = {key: value for key, value in run.config["calibration"].items() if key != "bos" and value is not None}
+        setting = (run.setting.pruned, identity_of(hashed("calibration", text)), run.pattern)
+        model = model_words(run)
+        sets.setdefault((*setting, times[*setting, model]), {})[model] = run
+        times[*setting, model] += 1
+    return list(sets.values())
+
+
+def comparison_facts(runs: dict[str, Run]) -> dict[str, str]:
+    """What may hold for all rows of a set of tables."""
+    if not runs:
+        return {}
+    first, own = next(iter(runs.values())), list(runs.values())
+    methods = dict.fromkeys(name for run in own if run.record for name in run.record["diagnostics"]["errors"])
+    words = facts_of(own, "pruned", "seeds")
+    facts = {"calibration": calibration_words(first), "pattern": str(first.pattern), "methods": ", ".join(methods)}
+    return facts | {"pruned": words["pruned"], "seeds": words["seeds"]}
 
 
 def diagnostics_frame(measured: Measured) -> pd.DataFrame:
@@ -118,7 +156,7 @@ def diagnostics_figure(measured: Measured) -> Figure:
         lines = {n: (frame[frame.measure == prefix + measure], *style) for n, (prefix, *style) in SPREAD_STYLE.items()}
         _draw(panels, label, lines, measured)
     for panel, model in zip(axes[0], measured, strict=True):
-        panel.set_title(literal(model), fontsize=TITLE_SIZE)
+        panel.set_title(textwrap.fill(literal(model), max(1, TITLE_WIDTH // len(measured))), fontsize=TITLE_SIZE)
     for panel in axes[-1]:
         panel.set_xlabel("block")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))

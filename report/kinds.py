@@ -12,16 +12,23 @@ from matplotlib.figure import Figure
 
 from dass.names import unknown
 from report import figures, rows
-from report.diagnostics import diagnostics_figure, diagnostics_frame, diagnostics_grids
+from report.diagnostics import (
+    comparison_facts,
+    comparison_sets,
+    diagnostics_figure,
+    diagnostics_frame,
+    diagnostics_grids,
+)
 from report.grid import MISSING, Grid
 from report.hardware import hardware_figure, hardware_frame, hardware_grid
 from report.orders import order_figure, order_frame, order_grid, variance_grid
+from report.predictors import Measured
 from report.repair import UPDATES, repair_figure, repair_frame, repair_grids
 from report.runs import Run, frame_of
 from report.stability import stability_figure, stability_frame, stability_grids
 from report.tables import cells_of
 from report.variants import expert_figure, expert_frame, expert_grid, lead_figure, lead_frame, lead_grid, split
-from report.words import calibration_words, entries_of, facts_of, model_words
+from report.words import entries_of, facts_of
 
 USUAL = 128  # calibration sequences, as published
 
@@ -203,14 +210,20 @@ def pruning_time(material: Material) -> Report:
 @kind
 def diagnostics(material: Material) -> Report:
     """What methods do to each block, and what tells in advance which does best."""
-    found = [run for run in material.runs if run.record and "diagnostics" in run.record]
-    behind = {model_words(run): run for run in found}
-    measured = {model: run.record["diagnostics"] for model, run in behind.items() if run.record}
-    facts = {"calibration": calibration_words(found[0]), "pattern": str(found[0].pattern)} if found else {}
-    grids = [
-        replace(grid, runs=[[behind[row["Model"]]] if "Model" in row else found for _, row in grid.frame.iterrows()])
-        for grid in diagnostics_grids(measured, facts | facts_of(material.runs))
-    ]
+    sets = comparison_sets(material.runs) or [{}]
+    facts, missing = list(map(comparison_facts, sets)), facts_of(material.runs)
+    differing = [name for name in facts[0] if len({one[name] for one in facts}) > 1]
+    grids: list[Grid] = []
+    measured: Measured = {}
+    for behind, said in zip(sets, facts, strict=True):
+        own = {model: run.record["diagnostics"] for model, run in behind.items() if run.record}
+        known = {name: said[name] for name in said if name in ("calibration", "pattern", *differing)}
+        for grid in diagnostics_grids(own, known | missing):
+            models = [[row["Model"]] if "Model" in row else list(behind) for _, row in grid.frame.iterrows()]
+            grids.append(replace(grid, runs=[[behind[model] for model in of_row] for of_row in models]))
+        for model, found in own.items():
+            title = ", ".join([model, *(said[name] for name in differing)])
+            measured[f"{title}, {behind[model].id}" if title in measured else title] = found
     return Report(grids, (lambda: diagnostics_figure(measured)) if measured else None, diagnostics_frame(measured))
 
 

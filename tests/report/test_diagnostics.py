@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from report.page import render_page
 from report.predictors import PREDICTORS, blocks_frame, correlation
 from report.reading import runs_of
 from report.rows import read_published
-from tests.report.records import identify, make_record, plan
+from tests.report.records import PATTERNS, identify, make_record, plan
 
 ROLES = ("gate", "up", "down")
 
@@ -143,6 +144,44 @@ def test_the_kind_gives_tables_with_the_runs_behind_them() -> None:
     assert [[run.model for run in behind] for behind in report.grids[0].runs] == [["one"]] * 2 + [["two"]] * 2
     assert [run.model for run in report.grids[1].runs[0]] == ["one", "two"]
     assert to_latex(report.grids).isascii() and report.draw is not None
+
+
+@pytest.mark.parametrize(
+    ("swept", "said"),
+    [
+        ({"calibration": {"n_sequences": 16}}, "c4_sample, 16 sequences × 128 tokens (bos: none)"),
+        ({"sparsity": PATTERNS["50%"]}, "50%"),
+        ({"seed": 1}, "1"),
+        ({"method": {"methods": ["wanda"]}}, "wanda"),
+    ],
+    ids=["sequences", "pattern", "seed", "methods"],
+)
+def test_each_setting_of_a_sweep_has_its_tables_with_its_facts(swept: dict[str, Any], said: str) -> None:
+    """Of two models, of which one wants a BOS token."""
+    numbers = [many(), many(20)]
+    if "method" in swept:
+        numbers[1] |= {part: {"wanda": numbers[1][part]["wanda"]} for part in ("errors", "kept")}
+    records = []
+    for model in ("one", "two"):
+        for index, found in enumerate(numbers):
+            made = record(f"{model}{index}", found)
+            made["config"]["model"] |= {"name": model}
+            made["config"]["calibration"] |= {"bos": "per_sequence" if model == "two" else "none"}
+            for name, value in swept.items() if index else ():
+                made["config"][name] = made["config"][name] | value if isinstance(value, dict) else value
+            records.append(identify(made))
+    report = KINDS["diagnostics"](Material(runs_of(records), read_published(Path("nowhere"))))
+    assert len(report.grids) == 12
+    for index, found in enumerate(numbers):
+        errors = report.grids[6 * index + 2]
+        assert {run.id for runs in errors.runs for run in runs} == {f"one{index}", f"two{index}"}
+        mean = np.mean(found["errors"]["wanda"]["gate"])
+        assert set(errors.frame[errors.frame.Method == "wanda"].gate) == {f"{mean:.3f}"}
+        assert (said in errors.facts.values()) == bool(index)
+    assert {f"one (float32), {said}", f"two (float32), {said}"} <= set(report.frame.model)
+    assert report.draw is not None
+    titles = [axes.get_title().replace("\n", " ") for axes in report.draw().axes]
+    assert {f"one (float32), {said}", f"two (float32), {said}"} <= set(titles)
 
 
 @pytest.mark.parametrize(
