@@ -13,7 +13,6 @@ from dass.evaluation.perplexity import LOGITS_AT_ONCE
 from dass.models import DTYPES
 from dass.planning.architecture import Architecture, PlannedBlock
 from dass.planning.devices import Stage
-from dass.pruning.blocks import MLP_ROLES
 from dass.pruning.masks import NM, Pattern, Unstructured
 from dass.pruning.method import Method
 from dass.pruning.mixed import TRIED
@@ -188,13 +187,18 @@ def plan_evaluation(model: Architecture, work: Workload, n_windows: int, seq_len
 def _add_forward(
     stage: Stage, model: Architecture, blocks: list[PlannedBlock], work: Workload, mixes: bool = True, ends: bool = True
 ) -> None:
-    """All products of some blocks, without the mixer's unless `mixes`, down's unless `ends`.
+    """All products of some blocks, without the mixer's unless `mixes`; unless `ends`, without those `Watch` leaves out.
 
     Weights are read once per forward; activations are written and read.
     """
-    roles = MLP_ROLES if ends else MLP_ROLES[:-1]
     for b in blocks:
-        run = [(b.inputs[p.reads], p.weight.numel()) for p in b.block.projections if p.role in roles]
+        computed = [
+            p
+            for unit in b.block.units
+            for p in unit.projections.values()
+            if ends or p.role != "down" or (p.expert is None and len(b.block.units) > 1)
+        ]
+        run = [(b.inputs[p.reads], p.weight.numel()) for p in computed]
         dense = b.routers + (b.attention if mixes else 0)
         mixing = 4 * work.seq_len * b.attention_width if mixes else 0  # queries with keys, and with values
         stage.add(

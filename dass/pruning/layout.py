@@ -17,6 +17,8 @@ from dass.pruning.matrices import Matrix, matrices_of, views_of
 
 MIXER = re.compile(r"^(?!.*norm).*(attn|attention|mamba|rwkv|temporal|shortconv|deltanet)|^conv$", re.IGNORECASE)
 """Names of what mixes tokens, and so is no MLP; no norm is meant by them."""
+NORM = re.compile(r"norm[_\d]*$", re.IGNORECASE)
+"""Names of norms: what they hold is no MLP of the block, whatever its shape."""
 DOWN = re.compile(r"down|w2|out|4h_to_h|c_proj|fc2")
 GATE = re.compile(r"gate|w1")
 """Names decide only between matrices of the same shape."""
@@ -85,9 +87,11 @@ def _map_block(name: str, module: nn.Module, width: int | None, given: Mapping[s
     for matrix in matrices_of(name, module):
         path = matrix.name.removeprefix(f"{name}.")
         (inside if any(f"{path}.".startswith(f"{mixer}.") for mixer in mixers) else outside).append(matrix)
+    norms = tuple(f"{name}.{path}." for path, part in module.named_modules() if path and _is_norm(path, part))
     places: dict[str, list[Matrix]] = {}
     for matrix in outside:
-        places.setdefault(matrix.place, []).append(matrix)
+        if not matrix.full_name.startswith(norms):
+            places.setdefault(matrix.place, []).append(matrix)
     experts = {matrix.shape[0] for matrix in outside if len(matrix.shape) == 3}
     experts |= {len(m) for m in module.modules() if isinstance(m, nn.ModuleList)}
     roles_given = bool(set(given) - {"dense"})
@@ -129,6 +133,10 @@ def _mixers(block: nn.Module) -> list[str]:
         if named and any(p.ndim > 1 for p in module.parameters()):
             found.append(path)
     return found
+
+
+def _is_norm(path: str, module: nn.Module) -> bool:
+    return bool(NORM.search(path.rpartition(".")[2]) or NORM.search(type(module).__name__))
 
 
 def _units(name: str, matrices: list[Matrix], width: int | None) -> list[Unit]:

@@ -52,14 +52,19 @@ def observe(
         through: the expert that all tokens run through; None: as they are routed.
 
     Returns:
-        What `mixer` returned, to be replayed once the MLP is pruned, or None: without a mixer, or where it had not run
-        by then, so that its output might depend on the MLP.
+        What `mixer` returned, to be replayed once the MLP is pruned, or None: without a mixer, or where an MLP had run
+        before it, so that its output might depend on that one.
+
+    Raises:
+        DassError: roles that do not fit what runs, or experts before the mixer.
     """
-    kept = mixed
+    kept, returned, depends = mixed, mixed is not None, False
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
-        nonlocal kept
-        kept = (output[0], *(None for _ in output[1:])) if isinstance(output, tuple) else output
+        nonlocal kept, returned
+        returned = True
+        if mixer is not None:
+            kept = (output[0], *(None for _ in output[1:])) if isinstance(output, tuple) else output
 
     first: dict[str, Projection] = {}  # of the projections that read one tensor
     followers: dict[str, list[Projection]] = {}
@@ -69,6 +74,7 @@ def observe(
     read: dict[str, Tensor] = {}  # alive, so that no other tensor can take the memory that tells them apart
 
     def on_product(p: Projection, whole: Tensor, x: Tensor) -> None:
+        nonlocal depends
         leader, unit = first[p.reads], block.unit_of(p)
         if p is leader and p.reads in streams:
             streams[p.reads].add(x)
@@ -85,8 +91,15 @@ def observe(
                 raise _wrong_roles(block, f"{p.name} runs before {other.name}")
         if len(block.units) == 1:
             raise Stop
+        if block.mixer is not None and not returned:
+            if p.expert is not None:
+                raise DassError(
+                    f"{block.name} has an unknown layout: its expert {unit.name} runs before its "
+                    f"{type(block.mixer).__name__}, which may read what the experts give: use another model."
+                )
+            depends = True
 
-    hook = mixer.register_forward_hook(keep) if mixer is not None and mixed is None else None
+    hook = block.mixer.register_forward_hook(keep) if block.mixer is not None and mixed is None else None
     with ExitStack() as stack:
         if mixer is not None and mixed is not None:
             stack.enter_context(replaced_forward(mixer, lambda *_, **__: mixed))
@@ -100,7 +113,7 @@ def observe(
                 hook.remove()
     for stream in streams.values():
         stream.n_sequences += len(hidden)
-    return kept
+    return None if depends else kept
 
 
 def require_enough_tokens(

@@ -56,9 +56,10 @@ def extent_of(tensor: Tensor) -> Extent:
 
 
 class Watch(TorchFunctionMode):
-    """While active, reports the products with the projections of a block, and leaves those with a down out.
+    """While active, reports the products with the projections of a block, and leaves those with a stacked down out.
 
-    Nothing behind a down projection is to be seen, so its product is a tensor of zeros.
+    Of a stack of experts nothing behind its down projections is to be seen, so their product is a tensor of NaN: what
+    reads it all the same is told by its statistics. Other MLPs may stand before what is to be seen, and compute.
     """
 
     def __init__(self, block: Block, on_product: OnProduct, through: int | None = None) -> None:
@@ -103,16 +104,16 @@ class Watch(TorchFunctionMode):
         x, weight = given.get("input"), given.get("weight", given.get("other", given.get("mat2")))
         if not isinstance(x, Tensor) or not isinstance(weight, Tensor | Stack):
             return func(*args, **kwargs)
-        down = False
+        left_out = False
         for p in self._covered(weight):
             if x.ndim == 3 and weight.ndim == 3:  # all experts at once
                 for part in x if self.through is not None else (x[p.expert],):
                     self.on_product(p, x, part[(part != 0).any(-1)])  # zeros: went elsewhere; the host waits for them
             else:
                 self.on_product(p, x, x)
-            down = down or p.role == "down"
-        if down:
-            return x.new_zeros(*x.shape[:-1], weight.shape[-2 if func is linear else -1])
+            left_out = left_out or (p.role == "down" and p.expert is not None)
+        if left_out:
+            return x.new_full((*x.shape[:-1], weight.shape[-2 if func is linear else -1]), torch.nan)
         return func(*args, **kwargs)
 
     def _covered(self, weight: Tensor | Stack) -> Iterable[Projection]:

@@ -148,6 +148,18 @@ def test_a_matrix_beside_the_mlp_is_named(where, extra):
         find_blocks(model)
 
 
+def test_matrices_of_a_norm_are_no_mlp():
+    """As of A.X K2, which scales what leaves a norm by a small MLP of it."""
+    model = tiny_model()
+    for block in model.model.layers:
+        block.input_layernorm.mlp = nn.Sequential(nn.Linear(32, 8), nn.SiLU(), nn.Linear(8, 32))
+    with pytest.raises(DassError, match=r"unknown layout: model\.layers\.0\.input_layernorm\.mlp\.0 .* stay dense"):
+        find_blocks(model)
+    for block in find_blocks(model, {"dense": "norm"}):
+        assert [unit.name for unit in block.units] == [f"{block.name}.mlp"]
+        assert block.left == tuple(f"{block.name}.input_layernorm.mlp.{i}.weight" for i in (0, 2))
+
+
 def test_a_second_mlp_beside_the_first_is_a_unit_of_its_own():
     model = tiny_model()
     model.model.layers[1].other = copy.deepcopy(model.model.layers[1].mlp)

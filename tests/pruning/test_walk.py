@@ -127,6 +127,44 @@ def test_blocks_that_return_tuples(returns_tuple, monkeypatch):
         assert torch.equal(wanted, weight)
 
 
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+@torch.no_grad()
+def test_an_mlp_before_attention_computes_and_attention_reads_what_it_gives_once_pruned(targets):
+    """Half an MLP's output is added to what enters attention, as in a Macaron block."""
+    model = tiny_model(dtype=torch.float64)
+    for block in model.model.layers:
+        block.first = copy.deepcopy(block.mlp)
+        block.first.apply(lambda m: m.weight.normal_(std=0.2) if isinstance(m, torch.nn.Linear) else None)
+    plain = type(model.model.layers[0]).forward
+    expected, input_ids = copy.deepcopy(model), random_tokens()
+    for block in (*model.model.layers, *expected.model.layers):
+        block.forward = lambda x, block=block, **k: plain(block, x + 0.5 * block.first(block.input_layernorm(x)), **k)
+    prune_model(model, BlockPruner(WANDA, targets), input_ids, batch_size=2)
+    for block in expected.model.layers:
+        names = [name for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+        linears = {name: block.get_submodule(name) for name in names if targets == "all" or "attn" not in name}
+        for name, x in inputs_of(expected, input_ids, linears).items():
+            keep = prune_two_of_four(linears[name].weight.abs() * x.square().sum(0).sqrt(), "in")
+            linears[name].weight[~keep] = 0
+    for (name, weight), wanted in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(weight, wanted), name
+
+
+@torch.no_grad()
+def test_what_experts_give_is_not_computed_and_whoever_reads_it_is_told():
+    model = tiny_model("mixtral")
+    block, layer = model.model.layers[1], type(model.model.layers[1]).forward
+    block.forward = lambda x, **k: layer(block, x + block.mlp(x), **k)
+    with pytest.raises(DassError, match=r"expert model\.layers\.1.* runs before its MixtralAttention"):
+        prune_model(model, BlockPruner(WANDA), random_tokens())
+    del block.forward
+    experts = type(block.mlp).forward
+    block.last = copy.deepcopy(tiny_model(hidden_size=16).model.layers[0].mlp)
+    block.mlp.forward = lambda x: block.last(experts(block.mlp, x))
+    with pytest.raises(DassError, match=r"statistics of model\.layers\.1\.last.*NaN"):
+        prune_model(model, BlockPruner(WANDA), random_tokens())
+
+
 @torch.no_grad()
 def test_arguments_that_depend_on_the_tokens():
     """Each batch keeps the call that the model made for it, here with rotary embeddings scaled by its tokens."""
