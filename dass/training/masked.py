@@ -8,7 +8,9 @@ run that is killed goes on to the same weights, and one that diverges leaves its
 import contextlib
 import hashlib
 import math
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,8 +32,11 @@ from dass.training.lora import adapted
 
 LOSSES = ("next", "distill")
 MAX_GRADIENT_NORM = 1.0
-PRUNED = 0.01
-"""A matrix with at least this share of zeros is taken for a pruned one."""
+PRUNED = 0.2
+"""A projection with at least this share of zeros is taken for a pruned one.
+
+Far above the 5 % of exact zeros that dense weights stored in 4 or 5 bits have, and below the ratios that are pruned to.
+"""
 
 Keep = Mapping[tuple[nn.Module, str], Tensor]
 """The mask of a parameter, bool, by its module and its name there."""
@@ -107,16 +112,25 @@ class Masked(nn.Module):
 
 
 def kept_weights(blocks: list[Block]) -> Keep:
-    """The masks of a model that is pruned already: where a projection has zeros, those are kept as zeros.
+    """The masks of a model that is pruned already: the zeros of each projection that has enough of them stay zeros.
+
+    Each projection is judged by itself, so that what was left dense (attention, most often) is trained as a whole; a
+    note tells how many were taken for pruned ones, by role.
 
     Raises:
         DassError: there is no pruned matrix.
     """
-    kept = ((p, p.weight != 0) for block in blocks for p in block.projections)
-    found = kept_of_parameters((p, keep) for p, keep in kept if 1 - keep.float().mean() >= PRUNED)
-    if not found:
-        raise DassError("No matrix of the model is pruned: give `masks=DIR`, or the folder of a pruned model.", "masks")
-    return found
+    projections = [p for block in blocks for p in block.projections]
+    taken = [p for p in projections if (p.weight == 0).float().mean() >= PRUNED]
+    if not taken:
+        raise DassError(
+            f"No matrix of the model is pruned (none has {PRUNED:.0%} of zeros): give `masks=DIR`, which a milder "
+            f"ratio needs, or the folder of a pruned model.",
+            "masks",
+        )
+    roles = ", ".join(f"{count} {role}" for role, count in Counter(p.role for p in taken).items())
+    print(f"note: {len(taken)} of {len(projections)} matrices are pruned by their zeros: {roles}", file=sys.stderr)
+    return kept_of_parameters((p, p.weight != 0) for p in taken)
 
 
 def train(

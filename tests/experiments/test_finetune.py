@@ -34,6 +34,12 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
+def test_the_text_is_as_long_as_the_file_says_whatever_its_source():
+    assert composed(name="finetune").calibration.n_sequences == 256
+    assert composed("calibration=packaged_wiki", name="finetune").calibration.n_sequences == 256
+    assert composed("calibration.n_sequences=7", name="finetune").calibration.n_sequences == 7
+
+
 def test_masks_or_a_pruned_folder_give_the_same_and_keep_their_zeros(tuning, tmp_path, capsys):
     tune(*tuning, f"masks={tmp_path / 'masks'}")
     said = capsys.readouterr().out

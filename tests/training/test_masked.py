@@ -162,6 +162,24 @@ def test_a_model_without_zeros_has_no_mask():
         kept_weights(find_blocks(tiny_model()))
 
 
+def test_the_zeros_of_weights_stored_in_few_bits_are_no_mask(capsys):
+    """In 4 or 5 bits some 5 % of dense weights are exact zeros; beside pruned MLPs, too, attention stays dense."""
+    dense, pruned = tiny_model().requires_grad_(False), pruned_model()
+    for model in (dense, pruned):
+        for block in find_blocks(model):
+            for p in block.projections:
+                p.weight[p.weight.abs() <= p.weight.abs().flatten().quantile(0.05)] = 0
+    with pytest.raises(
+        DassError, match=r"pruned \(none has 20% of zeros\): give `masks=DIR`, which a milder ratio needs"
+    ):
+        kept_weights(find_blocks(dense))
+    kept = kept_weights(find_blocks(pruned))
+    assert "note: 9 of 21 matrices are pruned by their zeros: 3 gate, 3 up, 3 down" in capsys.readouterr().err
+    assert set(kept) == {
+        (p.module, "weight") for b in find_blocks(pruned) for u in b.units for p in u.projections.values()
+    }
+
+
 def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DassError, match=r"LoRA needs the package peft: install it"):
