@@ -27,7 +27,17 @@ from report.repair import UPDATES, repair_figure, repair_frame, repair_grids
 from report.runs import Run, frame_of
 from report.stability import stability_figure, stability_frame, stability_grids
 from report.tables import cells_of
-from report.variants import expert_figure, expert_frame, expert_grid, lead_figure, lead_frame, lead_grid, split
+from report.variants import (
+    expert_figure,
+    expert_frame,
+    expert_grid,
+    expert_runs,
+    lead_figure,
+    lead_frame,
+    lead_grid,
+    lead_settings,
+    split,
+)
 from report.words import entries_of, facts_of
 
 USUAL = 128  # calibration sequences, as published
@@ -136,7 +146,9 @@ def variants(material: Material) -> Report:
     scored, compared = split(material.runs)
     full = _compared(replace(material, runs=scored), figures.difference_figure)
     leads = lead_frame(material.runs)
-    grid = lead_grid(leads, facts_of([*scored, *compared], "evaluation", "pruned", "calibration", "seeds"))
+    told = {name for *_, words in lead_settings(material.runs) for name in words}
+    facts = facts_of([*scored, *compared], "evaluation", "pruned", "calibration", "seeds")
+    grid = lead_grid(leads, {name: text for name, text in facts.items() if name not in told})
     draw = (lambda: lead_figure(leads)) if len(leads) else None
     return Report([grid, *full.grids] if len(leads) else full.grids, draw, leads if len(leads) else full.frame)
 
@@ -148,7 +160,9 @@ def experts(material: Material) -> Report:
     full, found = _compared(replace(material, runs=scored), figures.perplexity_figure), expert_frame(compared)
     if found.empty:
         return full
-    grid = expert_grid(found, facts_of(compared, "model", "calibration", "seeds"))
+    told = {name for _, words in expert_runs(compared) for name in words}
+    facts = facts_of(compared, "model", "calibration", "seeds")
+    grid = expert_grid(found, {name: text for name, text in facts.items() if name not in told})
     return Report([grid, *full.grids], lambda: expert_figure(found), found)
 
 

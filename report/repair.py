@@ -24,17 +24,34 @@ SPREAD_LEGEND = (
 
 
 def repair_frame(cells: pd.DataFrame) -> pd.DataFrame:
-    """A row for each model, pattern and method, with one run for each repair in the columns `UPDATES`, or None."""
+    """A row for each model, pattern and method with its options, with one run for each repair in the columns `UPDATES`.
+
+    Returns:
+        The columns table, pattern, method, label (the method, and what tells its rows apart), facts, model and
+        `UPDATES`, of which each is a run or None.
+    """
+    found = cells[(cells.pattern != DENSE) & cells.runs.astype(bool)]
+    found = found.assign(run=[runs[0] for runs in found.runs])
+    found = found.assign(update=[run.update or "none" for run in found.run])
+    varied: dict[str, set[str]] = {}  # the options in which cells of a method differ that have the same repair
+    for (_, _, method, _), own in found.groupby(["table", "pattern", "method", "update"]):
+        names = {name for run in own.run for name in run.options}
+        several = {name for name in names if len({str(run.options.get(name)) for run in own.run}) > 1}
+        varied[method] = varied.get(method, set()) | several
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for cell in cells[cells.pattern != DENSE].itertuples():
-        for run in cell.runs[:1]:
-            key = (cell.table, cell.pattern, cell.method)
-            row = rows.setdefault(key, dict.fromkeys(UPDATES) | {"facts": cell.facts, "model": cell.model})
-            row[run.update or "none"] = run
+    for cell in found.itertuples():
+        options = [
+            f"{name}={cell.run.options[name]}" for name in sorted(varied[cell.method]) if name in cell.run.options
+        ]
+        key = (cell.table, cell.pattern, f"{cell.method} ({', '.join(options)})" if options else cell.method)
+        if rows.get(key, {}).get(cell.update):  # it differs in something else, which its label tells
+            key = (cell.table, cell.pattern, cell.label)
+        start = {"method": cell.method, "facts": cell.facts, "model": cell.model}
+        rows.setdefault(key, dict.fromkeys(UPDATES) | start)[cell.update] = cell.run
     ranks = {name: rank for rank, name in enumerate(METHOD_ORDER)}
-    found = [dict(zip(("table", "pattern", "method"), key, strict=True)) | row for key, row in rows.items()]
-    found.sort(key=lambda row: (row["table"], row["pattern"], ranks.get(row["method"], len(ranks)), row["method"]))
-    return pd.DataFrame(found, columns=["table", "pattern", "method", "facts", "model", *UPDATES])
+    shown = [dict(zip(("table", "pattern", "label"), key, strict=True)) | row for key, row in rows.items()]
+    shown.sort(key=lambda row: (row["table"], row["pattern"], ranks.get(row["method"], len(ranks)), row["label"]))
+    return pd.DataFrame(shown, columns=["table", "pattern", "method", "label", "facts", "model", *UPDATES])
 
 
 def jackknife(losses: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
@@ -59,7 +76,7 @@ def repair_grids(frame: pd.DataFrame) -> list[Grid]:
     grids = []
     for _, own in frame.groupby("table"):
         rows = [
-            {"Pattern": str(row.pattern), "Method": row.method}
+            {"Pattern": str(row.pattern), "Method": row.label}
             | {update: number(run.perplexity if (run := getattr(row, update)) else None, ".2f") for update in UPDATES}
             for row in own.itertuples()
         ]
@@ -69,9 +86,9 @@ def repair_grids(frame: pd.DataFrame) -> list[Grid]:
     rows, behind = [], []
     for (_, pattern), own in frame.groupby(["table", "pattern"]):
         for update in UPDATES:
-            pairs = [(row.none, getattr(row, update)) for row in own.itertuples()]
+            pairs = {row.label: (row.none, getattr(row, update)) for row in own.itertuples()}
             rows.append({"Model": own.model.iloc[0], "Pattern": str(pattern), "Repair": update} | _spread_row(pairs))
-            behind.append([run for pair in pairs for run in pair if run])
+            behind.append([run for pair in pairs.values() for run in pair if run])
     title = "What a repair leaves of the difference between criteria"
     facts = frame.facts.iloc[0] if len(frame) else {}
     about = {name: facts[name] for name in ("evaluation", "missing") if name in facts}
@@ -88,7 +105,7 @@ def repair_figure(frame: pd.DataFrame) -> Figure:
             "y": float(np.mean(run.losses)),
             "error": float(np.std(run.losses, ddof=1) / math.sqrt(len(run.losses))) if len(run.losses) > 1 else 0.0,
             "rank": METHOD_ORDER.index(row.method) if row.method in METHOD_ORDER else len(METHOD_ORDER),
-            "label": row.method,
+            "label": row.label,
             "method": row.method,
             "source": None,
             "is_open": False,
@@ -100,9 +117,9 @@ def repair_figure(frame: pd.DataFrame) -> Figure:
     return draw(pd.DataFrame(points), "repair", "± 1 standard error over windows, unpaired", joined=False)
 
 
-def _spread_row(pairs: list[tuple[Run | None, Run | None]]) -> dict[str, str]:
+def _spread_row(pairs: dict[str, tuple[Run | None, Run | None]]) -> dict[str, str]:
     """What a row of the second table shows of one repair: runs without and with it, a pair for each criterion."""
-    known = [(one, other) for one, other in pairs if one and other and one.losses and other.losses]
+    known = [(one, other) for one, other in pairs.values() if one and other and one.losses and other.losses]
     names = ("Criteria", "Spread", "Left", "Best", "Worst", "Worst − best")
     if len(known) < 2 or len(known[0][0].losses) < 2:
         return dict.fromkeys(names, MISSING) | {"Criteria": str(len(known))}
@@ -112,4 +129,6 @@ def _spread_row(pairs: list[tuple[Run | None, Run | None]]) -> dict[str, str]:
     ranked = sorted((other for _, other in known), key=lambda run: float(np.mean(run.losses)))
     shown = [str(len(known)), number(value, ".4f", stderr), number(share, ".0%", of_share)]
     difference = paired_difference([ranked[-1]], [ranked[0]])
-    return dict(zip(names, [*shown, ranked[0].method, ranked[-1].method, marked(difference, "+.4f")], strict=True))
+    labels = {other.id: label for label, (_, other) in pairs.items() if other}
+    extremes = [labels[ranked[0].id], labels[ranked[-1].id], marked(difference, "+.4f")]
+    return dict(zip(names, [*shown, *extremes], strict=True))

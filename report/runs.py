@@ -141,14 +141,19 @@ class Run:
 
 
 def frame_of(runs: list[Run]) -> "pd.DataFrame":
-    """One tidy row per run with one type per column, without the losses of the windows."""
+    """One tidy row per run with one type per column, without the losses of the windows.
+
+    An option of a method has a column of its name, or `method.NAME` where a run has a field of that name, such as seed.
+    """
     import pandas as pd  # 30 MB that a run does not need
 
     nested = ("config", "setting", "record", "losses", "calibrates", "options")
     rows = []
     for run in runs:
         row = {key: value for key, value in vars(run).items() if key not in nested}
-        row |= run.options | {"pattern": str(run.pattern), "n_windows": len(run.losses) or None}
+        known = {*row, "n_windows"} - {"update", "order"}  # these two are options, too
+        row |= {f"method.{key}" if key in known else key: value for key, value in run.options.items()}
+        row |= {"pattern": str(run.pattern), "n_windows": len(run.losses) or None}
         parts = {"setting": run.setting._asdict(), "machine": run.record["machine"] if run.record else {}}
         parts["sparsity"] = run.config["sparsity"] if run.setting.pruned else {}
         parts["calibration"] = run.config["calibration"] if run.calibrates else {}

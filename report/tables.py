@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from report.runs import DENSE, Run
+from report.runs import DENSE, Run, Setting
 from report.words import facts_of
 
 METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "dass")  # the others follow by name
 WIN = 2.0  # a difference counts beyond this many standard errors of it, or more where there are few seeds
 CONFIDENCE = 0.975  # of the quantile that takes the place of 2 where there are few
 TABLE = ["table", "facts", "title", "model", "dataset", "source", "sequences"]
+NAMED = ("model", "evaluation", "calibration", "pruned")  # the facts that tell settings apart
 CELL = ["pattern", "rank", "label", "method", "runs"]
 MEASURES = ("perplexity", "stderr", "accuracy", "pruning_seconds", "sparsity_targeted", "sparsity_linear")
 
@@ -60,30 +61,41 @@ def cells_of(runs: list[Run]) -> pd.DataFrame:
         better), is_reference, delta (a `Difference` to the reference, or None) and is_best. A missing number is NaN.
     """
     labels = labels_of(runs)  # of all tables together, so that a row has the same name in each
-    settings = list(dict.fromkeys(run.setting for run in runs))
-    whole = [one for one in settings if not any(one != other and one.agrees(other) for other in settings)]
-    members = [[run for run in runs if run.setting.agrees(one)] for one in whole]
-    named = ("model", "evaluation", "calibration", "pruned")
-    told = ("model", "evaluation", "pruned", "calibration", "seeds", "orders", "machine")
-    facts = [facts_of(own, *told) for own in members]
-    words = [[one[name] for name in named] for one in facts]
-    for setting, one, said in zip(whole, facts, words, strict=True):
-        twins = [other for other, theirs in zip(whole, words, strict=True) if theirs == said]
-        for name in named[:3]:  # those that are alike in words are told apart by their identities
-            if len({getattr(twin, name) for twin in twins}) > 1:
-                one[name] += f", identity {getattr(setting, name)}"
-    differing = [name for name in named if len({one[name] for one in facts}) > 1]
+    tables = settings_of(runs)
+    facts = facts_apart(tables)
+    differing = [name for name in NAMED if len({one[name] for one in facts}) > 1]
     if len({one["model"] for one in facts}) == len(facts):
         differing = ["model"]  # tells enough
     rows = []
-    for number, index in enumerate(sorted(range(len(whole)), key=lambda index: list(facts[index].values()))):
-        own, first = members[index], members[index][0]
+    for number, index in enumerate(sorted(range(len(tables)), key=lambda index: list(facts[index].values()))):
+        own, first = tables[index][1], tables[index][1][0]
         calibration: dict = next((run.config["calibration"] for run in own if run.calibrates), {})
         source, sequences = calibration.get("name"), calibration.get("n_sequences") or 0
         title = ", ".join(facts[index][name] for name in differing)
         table = (number, facts[index], title, first.model, first.dataset, source, sequences)
         rows += [(*table, *key, group) for key, group in _grouped(own, labels)]
     return _measured(pd.DataFrame(rows, columns=TABLE + CELL))
+
+
+def settings_of(runs: list[Run]) -> list[tuple[Setting, list[Run]]]:
+    """Each setting with its runs; one that does not depend on a part of a setting is of every setting that it fits."""
+    settings = list(dict.fromkeys(run.setting for run in runs))
+    whole = [one for one in settings if not any(one != other and one.agrees(other) for other in settings)]
+    return [(one, [run for run in runs if run.setting.agrees(one)]) for one in whole]
+
+
+def facts_apart(tables: list[tuple[Setting, list[Run]]]) -> list[dict[str, str]]:
+    """The facts of each setting's runs; those that are alike in words are told apart by their identities."""
+    facts = [
+        facts_of(own, "model", "evaluation", "pruned", "calibration", "seeds", "orders", "machine") for _, own in tables
+    ]
+    words = [[one[name] for name in NAMED] for one in facts]
+    for (setting, _), one, said in zip(tables, facts, words, strict=True):
+        twins = [other for (other, _), theirs in zip(tables, words, strict=True) if theirs == said]
+        for name in NAMED[:3]:
+            if len({getattr(twin, name) for twin in twins}) > 1:
+                one[name] += f", identity {getattr(setting, name)}"
+    return facts
 
 
 def labels_of(runs: list[Run]) -> dict[str, str]:

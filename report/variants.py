@@ -1,6 +1,7 @@
 """Models that differ in one thing each: how their trainings went, and what goes with DaSS's lead on Wanda."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,8 @@ from scipy.stats import spearmanr
 
 from report.figures import COLUMN_WIDTH, METHOD_STYLE, OTHER_COLORS, PANEL_HEIGHT, POINT, VARIANT_MARKERS, Style
 from report.grid import MISSING, Grid, number
-from report.runs import DENSE, Run
-from report.tables import paired_difference
+from report.runs import DENSE, Run, Setting
+from report.tables import NAMED, facts_apart, paired_difference, settings_of
 
 COLORS = [*(style.color for name, style in METHOD_STYLE.items() if name != "dense"), *OTHER_COLORS]
 TELLS = {"cv": "n: std / mean", "zeros": "share of zero activations"}
@@ -64,36 +65,61 @@ def split(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     return [run for run in runs if run.method != "compare"], compared
 
 
+def differing(keys: list[Any], facts: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Of each group of runs the facts in which those of its key differ."""
+    alike = {key: [one for theirs, one in zip(keys, facts, strict=True) if theirs == key] for key in keys}
+    return [
+        {name: words for name, words in one.items() if len({other[name] for other in alike[key]}) > 1}
+        for key, one in zip(keys, facts, strict=True)
+    ]
+
+
+def lead_settings(runs: list[Run]) -> list[tuple[Setting, list[Run], dict[str, str]]]:
+    """Each setting of the runs with a result, with these and with what tells it from others of its model, in words."""
+    tables = settings_of([run for run in split(runs)[0] if run.losses])
+    facts = [{name: one[name] for name in NAMED} for one in facts_apart(tables)]
+    told = differing([own[0].model for _, own in tables], facts)
+    return [(*table, words) for table, words in zip(tables, told, strict=True)]
+
+
 def lead_frame(runs: list[Run]) -> pd.DataFrame:
-    """DaSS against Wanda, a row for each trained model and pattern that both were run on.
+    """DaSS against Wanda, a row for each trained model, setting and pattern that both were run on.
 
     Returns:
-        The columns model, seed (of the training; None of other models), pattern, lead (loss of DaSS minus that of
-        Wanda, nats), stderr, cost (of Wanda: its loss minus the dense model's), and, where methods were compared on
-        that model, cv (standard deviation over mean of the neurons' norms n) and zeros (share of zero activations),
-        each the mean over its blocks. A missing number is NaN.
+        The columns model (with what tells its settings apart, where it has several), seed (of the training; None of
+        other models), pattern, lead (loss of DaSS minus that of Wanda, nats), stderr, cost (of Wanda: its loss minus
+        the dense model's), and, where methods were compared on that model and calibration, cv (standard deviation over
+        mean of the neurons' norms n) and zeros (share of zero activations), each the mean over its blocks. A missing
+        number is NaN.
     """
     scored, compared = split(runs)
-    measured = {(run.model, run.training_seed): run.record["diagnostics"] for run in compared if run.record}
-    rows = []
+    settings, rows = lead_settings(runs), []
     for key in dict.fromkeys((run.model, run.training_seed) for run in scored):
-        own = [run for run in scored if (run.model, run.training_seed) == key and run.losses]
-        dense = [run for run in own if run.method == "dense"]
-        found = measured.get(key, {})
-        cv, zeros = found.get("norms", {}).get("cv", []), found.get("zeros") or []
-        for pattern in sorted({run.pattern for run in own} - {DENSE}):
-            wanda, dass = (
-                [run for run in own if run.pattern == pattern and run.method == name and run.as_published]
-                for name in ("wanda", "dass")
-            )
-            lead, cost = paired_difference(dass, wanda), paired_difference(wanda, dense)
-            if lead is None:
-                continue
-            row = {"model": key[0], "seed": key[1], "pattern": str(pattern), "lead": lead.mean, "stderr": lead.stderr}
-            row |= {"cost": cost.mean if cost else math.nan, "cv": mean_of(cv), "zeros": mean_of(zeros)}
-            rows.append(row)
+        for setting, members, words in settings:
+            own = [run for run in members if (run.model, run.training_seed) == key]
+            dense = [run for run in own if run.method == "dense"]
+            found = _diagnostics([run for run in compared if (run.model, run.training_seed) == key], setting)
+            cv, zeros = found.get("norms", {}).get("cv", []), found.get("zeros") or []
+            for pattern in sorted({run.pattern for run in own} - {DENSE}):
+                wanda, dass = (
+                    [run for run in own if run.pattern == pattern and run.method == name and run.as_published]
+                    for name in ("wanda", "dass")
+                )
+                lead, cost = paired_difference(dass, wanda), paired_difference(wanda, dense)
+                if lead is None:
+                    continue
+                model = ", ".join([key[0], *words.values()])
+                row = (model, key[1], str(pattern), lead.mean, lead.stderr, cost.mean if cost else math.nan)
+                rows.append((*row, mean_of(cv), mean_of(zeros)))
     columns = ["model", "seed", "pattern", "lead", "stderr", "cost", *TELLS]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _diagnostics(compared: list[Run], setting: Setting) -> dict[str, Any]:
+    """What a comparison found with the calibration of a setting; the last, where there are several."""
+    fitting = [run for run in compared if run.setting._replace(evaluation=setting.evaluation).agrees(setting)]
+    found: list[dict[str, Any]] = [run.record["diagnostics"] for run in fitting if run.record]
+    return found[-1] if found else {}
 
 
 def mean_of(values: list[float | None]) -> float:
@@ -148,21 +174,35 @@ def lead_figure(leads: pd.DataFrame) -> Figure:
     return figure
 
 
+def expert_runs(runs: list[Run]) -> list[tuple[Run, dict[str, str]]]:
+    """Those in which experts were compared, each with what tells it from others of its model, in words."""
+    found = [run for run in runs if run.record and run.record.get("diagnostics", {}).get("experts")]
+    facts = [
+        {name: one[name] for name in NAMED}
+        | {"pattern": str(run.pattern), "seeds": f"seed {run.seed}", "identity": f"identity {run.model_identity}"}
+        for run, one in zip(found, facts_apart([(run.setting, [run]) for run in found]), strict=True)
+    ]
+    told = differing([(run.model, run.training_seed) for run in found], facts)
+    return list(zip(found, told, strict=True))
+
+
 def expert_frame(runs: list[Run]) -> pd.DataFrame:
-    """A row for each expert of each model in which methods were compared.
+    """A row for each expert of each model in which methods were compared, in each setting.
 
     Returns:
-        The columns model, seed (of the training), block, expert, share (of the block's routed tokens, over an even
-        share), and for each method the error of what the expert writes; `log_ratio` of DaSS's over Wanda's.
+        The columns model (with what tells its runs apart, where it has several), seed (of the training), block, expert,
+        share (of the block's routed tokens, over an even share), and for each method the error of what the expert
+        writes; `log_ratio` of DaSS's over Wanda's.
     """
     rows = []
-    for run in runs:
-        found = (run.record or {}).get("diagnostics", {}).get("experts") or []
+    for run, words in expert_runs(runs):
+        found = run.record["diagnostics"]["experts"] if run.record else []
+        model = ", ".join([run.model, *words.values()])
         for block in dict.fromkeys(one["block"] for one in found):
             own = [one for one in found if one["block"] == block]
             even = sum(one["tokens"] for one in own) / len(own)
             for one in own:
-                known = {"model": run.model, "seed": run.training_seed, "block": block, "expert": one["index"]}
+                known = {"model": model, "seed": run.training_seed, "block": block, "expert": one["index"]}
                 rows.append(known | {"tokens": one["tokens"], "share": one["tokens"] / even} | one["errors"])
     frame = pd.DataFrame(rows, columns=None if rows else ["model", "seed", "block", "expert", "share"])
     if {"wanda", "dass"} <= set(frame):

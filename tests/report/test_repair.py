@@ -39,6 +39,27 @@ def test_the_spread_and_what_is_left_of_it():
     assert len(drawn(report).axes) == 1
 
 
+def test_each_variant_of_a_method_is_a_criterion_of_its_own():
+    """Two alphas, each with and without a repair; and the same method by other code."""
+    records = [make_record(f"w-{update}", "wanda", losses(0.3), update=update) for update in ("none", "obs")]
+    for alpha, shift in ((0.25, 0.9), (0.5, 0.1)):
+        for update, gain in (("none", 0.0), ("obs", 0.05)):
+            records.append(make_record(f"{alpha}-{update}", "dass", losses(shift - gain), update=update, alpha=alpha))
+    table, summary = KINDS["repair"](material(*records)).grids
+    shown = rows_of(table, "none", "obs")
+    assert list(shown) == [("2:4", label) for label in ("wanda", "dass (alpha=0.25)", "dass (alpha=0.5)")]
+    assert shown["2:4", "dass (alpha=0.25)"] == [f"{np.exp(losses(shift).mean()):.2f}" for shift in (0.9, 0.85)]
+    rows = {row["Repair"]: row for _, row in summary.frame.iterrows()}
+    assert [rows["obs"][name] for name in ("Criteria", "Best", "Worst")] == [
+        "3",
+        "dass (alpha=0.5)",
+        "dass (alpha=0.25)",
+    ]
+    edited = make_record("e", "wanda", losses(0.6), update="none")
+    edited["identity"]["method"] = "edited"
+    assert len(KINDS["repair"](material(*records, edited)).grids[0].frame) == 4
+
+
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=(1, 12))
     value, stderr = jackknife(values, lambda losses: float(losses.mean()))

@@ -254,6 +254,17 @@ def test_columns_have_one_type_each(tmp_path: Path) -> None:
     assert types[["method", "update", "axis.gate", "model", "setting.evaluation"]].eq("string").all()
 
 
+def test_a_parameter_named_like_a_field_of_a_run_has_a_column_of_its_own() -> None:
+    plain, named = make_record("a", "noise", losses(0.2)), make_record("b", "noise", losses(0.3), seed=1)
+    named["config"]["method"] |= {"seed": 7, "model": "uniform", "perplexity": 3.5, "n_windows": 2, "a": 0.5}
+    frame = frame_of(runs_of([plain, identify(named)])).set_index("id")
+    assert frame.loc["b", ["seed", "model", "n_windows"]].tolist() == [1, "toy", 16]
+    assert frame.loc["b", "perplexity"] == pytest.approx(float(np.exp(losses(0.3).mean())))
+    options = [f"method.{name}" for name in ("seed", "model", "perplexity", "n_windows")]
+    assert frame.loc["b", [*options, "a"]].tolist() == [7, "uniform", 3.5, 2, 0.5]
+    assert frame.loc["a", options].isna().all()
+
+
 def test_latex_escapes_what_latex_would_read() -> None:
     name = "a_b&c#$~^"
     records = [make_record(method, method, losses(0.1), "50%", model=name) for method in ("wanda", "da_ss")]

@@ -1,5 +1,6 @@
 """Models that differ in their MLPs: DaSS's lead in each training, beside what its neurons are like; and experts."""
 
+import copy
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from report.kinds import Material, find_kind
 from report.reading import runs_of
 from report.rows import read_published
 from report.variants import expert_frame, expert_grid, lead_frame, lead_grid, training_figure
-from tests.report.records import identify, losses, make_record
+from tests.report.records import PATTERNS, identify, losses, make_record
 
 PUBLISHED = {"axis": {"gate": "out"}, "update": "none"}
 
@@ -60,6 +61,60 @@ def test_the_lead_of_each_training_beside_its_neurons():
     assert row["Trainings"] == "2" and row["Wanda's cost, 2:4"] == f"{math.exp(0.3):.2f}"
     assert row["DaSS − Wanda, 2:4"].startswith("+0.1") and row["n: std / mean"] == "1.30"
     assert "+0.89 (4 models)" in grid.facts["rank correlation with DaSS − Wanda, 2:4"]
+
+
+def set_to(record, **changes):
+    """A record under another id whose config has other values of calibration or evaluation, or others at its top."""
+    made = copy.deepcopy(record) | {"id": record["id"] + "".join(map(str, changes.values()))}
+    for name, value in changes.items():
+        made["config"][name] = made["config"][name] | value if isinstance(value, dict) else value
+    return identify(made)
+
+
+def leads_of(shift, n=16):
+    """Wanda and DaSS in one training; DaSS's lead is the shift."""
+    return [
+        trained(f"w{n}", "wanda", losses(0.3, n=n), "one", 0, axis={"gate": "in"}, update="none"),
+        trained(f"d{n}", "dass", losses(0.3 + shift, n=n), "one", 0, alpha=0.5, **PUBLISHED),
+    ]
+
+
+def test_each_calibration_of_a_sweep_has_its_lead_and_its_neurons(tmp_path):
+    records = []
+    for n_sequences, shift, cv in ((16, -0.1, 0.2), (128, 0.2, 0.4)):
+        own = [*leads_of(shift), compared("c", "one", 0, [cv], [0.0])]
+        records += [set_to(record, calibration={"n_sequences": n_sequences}) for record in own]
+    runs = runs_of([trained("0", "dense", losses(0.0), "one", 0), *records])
+    leads = lead_frame(runs)
+    np.testing.assert_allclose(leads["lead"], [-0.1, 0.2])
+    np.testing.assert_allclose(leads.cost, 0.3)
+    np.testing.assert_allclose(leads.cv, [0.2, 0.4])
+    grid = find_kind("variants")(Material(runs, read_published(tmp_path))).grids[0]
+    assert grid.frame.Model.tolist() == [f"one, c4_sample, {n} sequences × 128 tokens (bos: none)" for n in (16, 128)]
+    assert "calibration" not in grid.facts and "evaluation" in grid.facts
+
+
+def test_each_evaluation_of_a_sweep_has_its_lead():
+    leads = lead_frame(runs_of([*leads_of(-0.1), *leads_of(-0.2, n=24)]))
+    np.testing.assert_allclose(leads["lead"], [-0.1, -0.2])
+    assert ["16 windows" in leads.model[0], "24 windows" in leads.model[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"calibration": {"n_sequences": 16}}, "16 sequences"),
+        ({"sparsity": PATTERNS["50%"]}, "50%"),
+        ({"seed": 1}, "seed 1"),
+    ],
+    ids=["calibration", "pattern", "seed"],
+)
+def test_experts_are_compared_setting_by_setting(tmp_path, changes, said):
+    record = compared("c", "moe", 0, [0.1, 0.2], [0.0, 0.0], EXPERTS)
+    runs = runs_of([record, set_to(record, **changes)])
+    grid = find_kind("experts")(Material(runs, read_published(tmp_path))).grids[0]
+    assert grid.frame["DaSS better in"].tolist() == ["1 of 3", "1 of 2"] * 2
+    assert [said in model for model in grid.frame.Model] == [False, False, True, True]
 
 
 def test_the_report_has_the_full_tables_and_a_figure(tmp_path):
