@@ -8,7 +8,32 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from dass.errors import DassError
 from dass.pruning.blocks import Block
+
+
+class HandedOn:
+    """Stands for what a block returned beside the hidden states, while blocks are not run one behind the other.
+
+    Models hand it to the next block or collect it, whether or not anybody reads it. Who does is told.
+    """
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        """A product, a sum or whatever else of it and tensors."""
+        raise _handed_on()
+
+    def __getattr__(self, name: str) -> Any:
+        """Its shape, its device and so on."""
+        raise _handed_on()
+
+    def __iter__(self) -> Any:
+        """Its parts."""
+        raise _handed_on()
+
+
+HANDED_ON = HandedOn()
+"""The only one, so that calls of blocks are alike that hold it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,7 @@ def may_change(value: Any) -> bool:
         return may_change([*value.arguments, *value.keywords.values()])
     if isinstance(value, list | tuple):
         return any(map(may_change, value))
-    return not (value is None or isinstance(value, Tensor | int | float | str))
+    return not (value is None or isinstance(value, Tensor | int | float | str | HandedOn))
 
 
 def _built_alike(one: Any, other: Any, pairs: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> bool:
@@ -74,3 +99,10 @@ def _built_alike(one: Any, other: Any, pairs: dict[tuple[int, int], tuple[Tensor
     if type(one) in (list, tuple):
         return len(one) == len(other) and all(_built_alike(a, b, pairs) for a, b in zip(one, other, strict=True))
     return isinstance(one, int | float | str) and bool(one == other)
+
+
+def _handed_on() -> DassError:
+    return DassError(
+        "This model hands state from block to block beside the hidden states, so that no block can run by itself: use "
+        "another model (magnitude, and an evaluation with memory=resident, run none by itself)."
+    )

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.forward import replaced_forward
 from dass.memory import Halved, attempted, half, note_halved
 from dass.pruning.blocks import Block, Hold
-from dass.pruning.call import Call, alike, may_change
+from dass.pruning.call import HANDED_ON, Call, alike, may_change
 from dass.pruning.mixed import Mixed
 from dass.pruning.parked import Parked
 
@@ -58,7 +58,8 @@ def enter_first_block(
 ) -> Activations:
     """Embed all sequences and record how the model calls each block; only the first block runs, once.
 
-    In place of the others stands a stub that hands its input on, so this costs next to nothing.
+    In place of the others stands a stub that hands its input on, so this costs next to nothing; what else a block
+    returns, no stub knows, see `HandedOn`.
 
     Args:
         inputs: batches of token ids, `(batch, seq_len)` int64 each, on the device, halved where its memory does not
@@ -133,7 +134,8 @@ def _entered(
             if not ran:  # whether blocks return tuples, and what else is in them, only a real run can tell
                 output, ran = original(hidden, *rest, **keywords), True
                 activations.tail = tuple(output[1:]) if isinstance(output, tuple | list) else None
-            return activations.returned(hidden)
+            tail = activations.tail
+            return hidden if tail is None else (hidden, *tree_map(lambda _: HANDED_ON, tail))
 
         return forward
 

@@ -5,16 +5,18 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import linear
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dass.errors import DassError
-from dass.pruning.calls import enter_first_block
+from dass.pruning.blocks import resident
+from dass.pruning.calls import block_by_block, enter_first_block
 from dass.pruning.layout import find_blocks
 from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import Method
 from dass.pruning.mixed import TRIED
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
-from tests.models import ARCHITECTURES, random_tokens, tiny_model
+from tests.models import ARCHITECTURES, DEEPSEEK, SMALL, random_tokens, tiny_model
 
 ALONG_INPUTS = dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "in")
 DASS = Method("dass", {**ALONG_INPUTS, "gate": "out", "up": "out"}, NM(2, 4))
@@ -163,6 +165,33 @@ def test_what_experts_give_is_not_computed_and_whoever_reads_it_is_told():
     block.mlp.forward = lambda x: block.last(experts(block.mlp, x))
     with pytest.raises(DassError, match=r"statistics of model\.layers\.1\.last.*NaN"):
         prune_model(model, BlockPruner(WANDA), random_tokens())
+
+
+def sparse_attention(*indexers):
+    """A GLM of the real class: a block that is `shared` attends to the tokens that an earlier block returned."""
+    own = {"head_dim": 4, "index_topk": 6, "index_n_heads": 2, "index_head_dim": 8, "indexer_types": list(indexers)}
+    config = CONFIG_MAPPING["glm_moe_dsa"](**SMALL | DEEPSEEK | own | {"num_hidden_layers": len(indexers)})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def test_what_a_block_returns_for_another_one_is_told_where_that_one_reads_it():
+    tokens, pruner = random_tokens(4, 24), BlockPruner(WANDA)
+    model = sparse_attention("full", "full", "shared")
+    with pytest.raises(DassError, match="hands state from block to block"):
+        prune_model(model, pruner, tokens, 2, min_expert_tokens=0)
+    with pytest.raises(DassError, match="hands state from block to block"):
+        next(iter(block_by_block(model, find_blocks(model), tokens.split(2), resident)))
+    model = sparse_attention("full", "full", "full")  # the model hands it on all the same
+    scores = model.lm_head(torch.cat([model.model(part, use_cache=False)[0] for part in tokens.split(2)]))
+    ready = block_by_block(model, find_blocks(model), tokens.split(2), resident)
+    for part, wanted, handed_over in zip(tokens.split(2), scores.split(2), ready, strict=True):
+        with handed_over:
+            assert torch.equal(model(part, use_cache=False).logits, wanted)
+    calls = enter_first_block(model, find_blocks(model), tokens.split(2))
+    assert calls.calls[0] is calls.calls[1] and not calls.share_state
+    prune_model(model, pruner, tokens, 2, min_expert_tokens=0)
 
 
 @torch.no_grad()
