@@ -84,12 +84,13 @@ def main(config: DictConfig) -> None:
         return
     require_writable(folder.parent)
     require_own_folder(folder)
-    with (
-        claimed(claim),
-        track(**vars(plain.tracking), run_id=run_id, config=public(composed)) as mirror,
-    ):
-        tune(plain, folder, beside, run_id, mirror)
-    shutil.rmtree(beside)
+    with claimed(claim):
+        if is_saved(folder, run_id):  # by the process that was waited for
+            print(f"{folder}: already done, skipping")
+            return
+        with track(**vars(plain.tracking), run_id=run_id, config=public(composed)) as mirror:
+            tune(plain, folder, beside, run_id, mirror)
+        shutil.rmtree(beside, ignore_errors=True)  # while no other process can have begun anew in it
 
 
 def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror: Mirror) -> None:
