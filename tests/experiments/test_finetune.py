@@ -117,6 +117,13 @@ def test_bad_input_is_one_sentence_and_writes_no_model(tuning, tmp_path, changes
     assert {path for path in tmp_path.iterdir() if "training" not in path.name} == before
 
 
+@pytest.mark.parametrize("given", ["6", "null"])
+def test_too_little_text_is_told_before_the_model_is_loaded(tuning, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(app, "load_model", None)
+    with pytest.raises(DassError, match="The text is 6 sequences, shorter than one batch of 7"):
+        tune(*tuning, f"masks={tmp_path / 'masks'}", f"calibration.n_sequences={given}", "finetune.batch=7")
+
+
 def test_masks_of_another_model(tuning, tmp_path):
     tiny_model(intermediate_size=32).save_pretrained(tmp_path / "model")
     with pytest.raises(DassError, match=r"fits no projection of this model"):

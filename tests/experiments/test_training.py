@@ -8,6 +8,7 @@ import torch
 
 from dass.errors import DassError
 from dass.records import read_records
+from experiments import prune as app
 from experiments.report import ReportConfig, report
 from report.kinds import KINDS
 from report.reading import runs_of
@@ -81,3 +82,9 @@ def test_bad_input_is_one_sentence(setting, tmp_path, changes, says):  # noqa: F
     with pytest.raises(DassError, match=says):
         run(*setting, *TRAINED, *changes)
     assert not records(tmp_path)
+
+
+def test_too_little_text_is_told_before_the_model_is_loaded(setting, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(app, "load", None)
+    with pytest.raises(DassError, match="The text is 6 sequences, shorter than one batch of 7"):
+        run(*setting, *TRAINED, "finetune.batch=7")
