@@ -26,7 +26,7 @@ from dass.records import code_sha256, file_sha256, identity_of, machine_descript
 from dass.saving import model_card, save_model, source_licence
 from dass.sparsity import MASKS_FILE, apply_masks, read_masks
 from dass.tracking import Mirror, track
-from dass.training.masked import Recipe, kept_weights, train
+from dass.training.masked import Recipe, kept_weights, require_batch, train
 from experiments.app import run_app, typed
 from experiments.bounds import require_plain
 from experiments.fingerprint import model_identity, pinned, source_of, text_identity
@@ -84,12 +84,13 @@ def main(config: DictConfig) -> None:
         return
     require_writable(folder.parent)
     require_own_folder(folder)
-    with (
-        claimed(claim),
-        track(**vars(plain.tracking), run_id=run_id, config=public(composed)) as mirror,
-    ):
-        tune(plain, folder, beside, run_id, mirror)
-    shutil.rmtree(beside)
+    with claimed(claim):
+        if is_saved(folder, run_id):  # by the process that was waited for
+            print(f"{folder}: already done, skipping")
+            return
+        with track(**vars(plain.tracking), run_id=run_id, config=public(composed)) as mirror:
+            tune(plain, folder, beside, run_id, mirror)
+        shutil.rmtree(beside, ignore_errors=True)  # while no other process can have begun anew in it
 
 
 def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror: Mirror) -> None:
@@ -99,6 +100,7 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     tokenizer = load_tokenizer(source, revision)
     drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
     sequences = calibration_tokens(tokenizer=tokenizer, seed=config.seed, **drawn)
+    require_batch(sequences, config.finetune)
     evaluation = door.prepare(tokenizer=tokenizer, **vars(config.evaluation))
     assert evaluation.windows is not None  # it is a text
     model = load_model(source, revision, "float32", device)

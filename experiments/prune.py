@@ -188,21 +188,12 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
     if len(set(everyone(kept.state and kept.state.model_dump_json()))) > 1:  # not all see the folder
         kept.forget()
     walked, drawn_facts = Walked(), None if calibration is None else facts_of(calibration)
-    history: list[dict[str, Any]] = []
+    dense = dense_of(plan, model) if text is not None else {}
     if plan.pruners:
-        dense = dense_of(plan, model) if text is not None else {}
         with stages.measure("pruning"):
             walked = prune(plan, model, shelf, kept, calibration, log)
         if kept.state is not None:
             stages.add("pruning", kept.state.seconds)
-        if text is not None:
-            with stages.measure("training"):
-                history, earlier = train_on(plan, model, dense, walked, calibration, text, evaluation, kept, log)
-            stages.add("training", earlier)
-        calibration = text = None
-        release_freed_memory()
-        # what is scored is what is saved, in the source's own dtype
-        round_to(model, resolve_dtype(config.model.dtype, source, revision))
     require_unchanged(plan)
     record: dict[str, Any] = {
         "id": plan.run_id,
@@ -213,24 +204,34 @@ def run(plan: Plan, log: Log, scratch: Path) -> tuple[dict[str, Any], list[Excep
         "git": git_state(),
         "versions": versions,
         "machine": machine,
-        "stages": stages.as_dict(),
-        "sparsity": counted(plan, model, shelf, walked),
+        "stages": {},
+        "sparsity": {},
         "metrics": [],
         "windows": [],
         "files": {},
         "failed": {},
     }
+    # here, as a training that fails ends the run, and its masks are good all the same
+    problems = attempt(record, "masks", partial(first, partial(save_masks, plan, walked.masks, record)))
+    if text is not None:
+        with stages.measure("training"):
+            record["training"], earlier = train_on(plan, model, dense, walked, calibration, text, evaluation, kept, log)
+        stages.add("training", earlier)
+        require_unchanged(plan)
+    if plan.pruners:
+        calibration = text = None
+        release_freed_memory()
+        # what is scored is what is saved, in the source's own dtype
+        round_to(model, resolve_dtype(config.model.dtype, source, revision))
+    record |= {"stages": stages.as_dict(), "sparsity": counted(plan, model, shelf, walked)}
     if drawn_facts is not None:
         record["calibration"] = drawn_facts
     if walked.rare:
         record["experts"] = walked.rare
     if (audit := audited(plan, model, shelf)) is not None:
         record["audit"] = audit
-    if history:
-        record["training"] = history
     if plan.compares:
         record["diagnostics"] = diagnostics(walked.measured)
-    problems = attempt(record, "masks", partial(first, partial(save_masks, plan, walked.masks, record)))
     problems += attempt(record, "save", partial(first, partial(save, plan, model, shelf, record)))
     if config.evaluation.name != "none":
         with stages.measure("evaluation"):

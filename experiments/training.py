@@ -15,14 +15,14 @@ from dass.pruning.blocks import kept_of_parameters
 from dass.pruning.layout import find_blocks
 from dass.pruning.walk import prune_model
 from dass.resume import Kept
-from dass.training.masked import Recipe, train
+from dass.training.masked import Recipe, require_batch, train
 from dass.training.stability import Dense, dense_weights, judged, put_back
 from experiments.resolve import Plan
 from experiments.walked import Log, Walked
 
 
 def text_of(plan: Plan, tokenizer: Tokenizer | None) -> Tensor | None:
-    """What is trained on: another draw of the calibration's text; None where nothing is."""
+    """What is trained on: another draw of the calibration's text; None where nothing is. DassError where too little."""
     config = plan.config
     if not config.finetune.steps:
         return None
@@ -30,7 +30,9 @@ def text_of(plan: Plan, tokenizer: Tokenizer | None) -> Tensor | None:
         raise DassError(f"Weights are trained in fp32, not in {plan.dtype}: set model.dtype=float32.", "model.dtype")
     drawn = {key: value for key, value in vars(config.calibration).items() if key != "min_expert_tokens"}
     drawn["n_sequences"] = config.finetune.n_sequences
-    return calibration_tokens(tokenizer=tokenizer, seed=config.seed + 1, **drawn)
+    text = calibration_tokens(tokenizer=tokenizer, seed=config.seed + 1, **drawn)
+    require_batch(text, config.finetune)
+    return text
 
 
 def dense_of(plan: Plan, model: PreTrainedModel) -> Dense:

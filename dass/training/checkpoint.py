@@ -14,7 +14,8 @@ from dass.records import file_sha256, write_atomically
 from dass.shards import write_tensors
 
 STATE, TENSORS = "training.json", "training-{}.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW knows of a parameter once that had a gradient; an image tower has none from a text."""
 
 
 class State(BaseModel):
@@ -43,7 +44,8 @@ def keep(
 ) -> None:
     """Write what a training goes on from behind a step; what was written before goes once this is there."""
     path = folder / TENSORS.format(step)
-    moments = {f"{key} {n}": optimizer.state[p][key] for n, p in weights.items() if step for key in MOMENTS}
+    known = ((n, optimizer.state[p]) for n, p in weights.items() if p in optimizer.state)
+    moments = {f"{key} {n}": of_one[key] for n, of_one in known for key in MOMENTS}
     write_tensors(path, {f"weight {n}": p.detach() for n, p in weights.items()} | moments)
     state = State(step=step, seconds=seconds, history=history, sha256=file_sha256(path), by=by)
     write_atomically(folder / STATE, state.model_dump_json())
@@ -70,8 +72,9 @@ def go_on(
         return 0, 0.0, []
     for name, p in weights.items():
         p.copy_(tensors[f"weight {name}"])
-        if state.step:
-            moments = {key: tensors[f"{key} {name}"].to(p.device) for key in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(state.step)), **moments}
+        if f"step {name}" in tensors:
+            step, *moments = (tensors[f"{key} {name}"] for key in MOMENTS)
+            on_device = [moment.to(p.device) for moment in moments]  # AdamW counts the steps on the host
+            optimizer.state[p] = dict(zip(MOMENTS, [step, *on_device], strict=True))
     print(f"note: training goes on behind step {state.step}, where it was stopped", file=sys.stderr)
     return state.step, state.seconds, state.history

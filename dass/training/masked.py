@@ -133,6 +133,16 @@ def kept_weights(blocks: list[Block]) -> Keep:
     return kept_of_parameters((p, p.weight != 0) for p in taken)
 
 
+def require_batch(sequences: Tensor, recipe: Recipe) -> None:
+    """Raise DassError where a text, `(n, seq_len)`, is shorter than one batch; known before a model is there."""
+    if len(sequences) < recipe.batch:
+        raise DassError(
+            f"The text is {len(sequences)} sequences, shorter than one batch of {recipe.batch}: give more of it, or a "
+            f"smaller finetune.batch.",
+            "finetune.batch",
+        )
+
+
 def train(
     model: PreTrainedModel,
     keep: Keep,
@@ -162,12 +172,7 @@ def train(
     Raises:
         DassError: too little text, a loss that is not finite, no such layer to adapt, or no peft.
     """
-    if len(sequences) < recipe.batch:
-        raise DassError(
-            f"The text is {len(sequences)} sequences, shorter than one batch of {recipe.batch}: give more of it, or a "
-            f"smaller finetune.batch.",
-            "finetune.batch",
-        )
+    require_batch(sequences, recipe)
     by = identity_of({"by": by, "recipe": asdict(recipe), "text": _sha256(sequences), "dtype": str(dtype)})
     with _trainable(model, keep, recipe) as weights:
         optimizer = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=0.0)

@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dass.claims import claimed
 from dass.errors import DassError
 from dass.sparsity import read_masks
 from dass.training import masked
@@ -115,6 +117,13 @@ def test_bad_input_is_one_sentence_and_writes_no_model(tuning, tmp_path, changes
     assert {path for path in tmp_path.iterdir() if "training" not in path.name} == before
 
 
+@pytest.mark.parametrize("given", ["6", "null"])
+def test_too_little_text_is_told_before_the_model_is_loaded(tuning, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(app, "load_model", None)
+    with pytest.raises(DassError, match="The text is 6 sequences, shorter than one batch of 7"):
+        tune(*tuning, f"masks={tmp_path / 'masks'}", f"calibration.n_sequences={given}", "finetune.batch=7")
+
+
 def test_masks_of_another_model(tuning, tmp_path):
     tiny_model(intermediate_size=32).save_pretrained(tmp_path / "model")
     with pytest.raises(DassError, match=r"fits no projection of this model"):
@@ -174,6 +183,32 @@ def test_what_was_left_at_the_very_end_goes_with_the_next_start(tuning, tmp_path
     monkeypatch.undo()
     tune(*given)
     assert not (tmp_path / ".tuned.training").exists()
+
+
+def test_of_two_processes_with_one_command_one_trains(tuning, tmp_path, monkeypatch, capsys):
+    """The other waits, and finds the model; what a training goes on from is removed before it may look."""
+    given, seen = [*tuning, f"masks={tmp_path / 'masks'}"], []
+
+    @contextmanager
+    def waited(path, wait=True):
+        """A claim that another process has: it is given back once its model is there."""
+        monkeypatch.undo()
+        tune(*given)
+        monkeypatch.setattr(app, "tune", lambda *_: seen.append("trained"))
+        with claimed(path, wait) as claim:
+            yield claim
+
+    monkeypatch.setattr(app, "claimed", waited)
+    tune(*given)
+    assert not seen and capsys.readouterr().out.count("already done, skipping") == 1
+    original = shutil.rmtree
+    monkeypatch.setattr(
+        app.shutil, "rmtree", lambda path, **kw: seen.append((path, claim.exists())) or original(path, **kw)
+    )
+    claim = tmp_path / ".other.claim"
+    monkeypatch.setattr(app, "tune", lambda *_: None)
+    tune(*given, f"save_model={tmp_path / 'other'}")
+    assert (tmp_path / ".other.training", True) in seen and not claim.exists()
 
 
 def test_a_sweep_has_a_folder_for_each_run(tuning, tmp_path):

@@ -8,6 +8,8 @@ import torch
 
 from dass.errors import DassError
 from dass.records import read_records
+from dass.sparsity import read_masks
+from experiments import prune as app
 from experiments.report import ReportConfig, report
 from report.kinds import KINDS
 from report.reading import runs_of
@@ -81,3 +83,24 @@ def test_bad_input_is_one_sentence(setting, tmp_path, changes, says):  # noqa: F
     with pytest.raises(DassError, match=says):
         run(*setting, *TRAINED, *changes)
     assert not records(tmp_path)
+
+
+def test_too_little_text_is_told_before_the_model_is_loaded(setting, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(app, "load", None)
+    with pytest.raises(DassError, match="The text is 6 sequences, shorter than one batch of 7"):
+        run(*setting, *TRAINED, "finetune.batch=7")
+
+
+def test_a_training_that_diverges_leaves_the_masks(setting, tmp_path):  # noqa: F811
+    """They are those of the same pruning without a training; there is no model, and no record."""
+    asked = [f"masks={tmp_path / 'masks'}", f"save_model={tmp_path / 'saved'}"]
+    with pytest.raises(DassError, match=r"lower finetune\.learning_rate"):
+        run(*setting, *TRAINED, "finetune.learning_rate=1e30", *asked)
+    assert not records(tmp_path) and not (tmp_path / "saved").exists()
+    masks, _ = read_masks(tmp_path / "masks")
+    run(*setting, "method=wanda", f"masks={tmp_path / 'plain'}")
+    plain, _ = read_masks(tmp_path / "plain")
+    assert len(masks) == 9 and all(torch.equal(one.keep, plain[name].keep) for name, one in masks.items())
+    run(*setting, *TRAINED, *asked)  # its own masks may be replaced
+    (trained,) = [record for record in records(tmp_path) if "training" in record]
+    assert set(trained["files"]) == {"masks.safetensors", "model.safetensors"} and not trained["failed"]

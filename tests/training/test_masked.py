@@ -18,7 +18,7 @@ from dass.pruning.walk import prune_model
 from dass.saving import save_model
 from dass.training import masked
 from dass.training.masked import Recipe, kept_weights, train
-from tests.models import random_tokens, tiny_model
+from tests.models import image_model, random_tokens, tiny_model
 
 ROLES = dict.fromkeys(("gate", "up", "down"), "in")
 QUICK = {"steps": 5, "batch": 4, "every": 2, "learning_rate": 0.01}
@@ -107,6 +107,21 @@ def test_killed_anywhere_it_goes_on_to_the_same_weights(tmp_path, capsys):
     assert trained(tmp_path / "0")[1] == history and "left aside" in capsys.readouterr().err
     assert trained(tmp_path / "0", learning_rate=0.02)[1] != history  # another recipe goes on with nothing
     assert len(list((tmp_path / "0").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["mistral3", "llama4", "qwen3_vl_moe"])
+def test_an_image_tower_has_no_gradients_and_the_rest_goes_on(tmp_path, kind, capsys):
+    before = image_model(kind).requires_grad_(False)
+    prune_model(before, BlockPruner(Method("magnitude", ROLES, NM(2, 4))))
+    whole, history, _ = trained(tmp_path / "whole", copy.deepcopy(before))
+    killed = copy.deepcopy(before)
+    with pytest.raises(SystemExit):
+        trained(tmp_path / "again", killed, lambda step: loss_of(killed) if step < 4 else sys.exit(1))
+    again, found, _ = trained(tmp_path / "again", copy.deepcopy(before))
+    assert "goes on behind step 2" in capsys.readouterr().err and found == history
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+    moved = {name for name, p in whole.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert moved and not any("visual." in name or "vision_" in name for name in moved)
 
 
 def test_what_diverges_leaves_its_last_good_weights(tmp_path):
