@@ -57,12 +57,18 @@ def pruned(model, method, tokens, hold=None):
         *((layout, "sparsegpt", False) for layout in ("llama", "mixtral")),
         *((layout, "dass", True) for layout in EXPERTS),
         *((layout, method, True) for layout in ("mixtral", "deepseek_v3") for method in ("wanda", "sparsegpt")),
+        *((f"{layout} tie_word_embeddings", "dass", True) for layout in ("mixtral", "qwen3_moe")),
     ],
 )
 def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method, by_expert):
     torch.manual_seed(0)
-    tiny_model(layout).to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    layout, *tied = layout.split(" ")
+    tiny_model(layout, **dict.fromkeys(tied, True)).to(torch.bfloat16).save_pretrained(
+        tmp_path / "model", max_shard_size="20KB"
+    )
     whole, streamed, shelf = loaded(tmp_path / "model", tmp_path / "scratch", by_expert=by_expert)
+    shared = [one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (whole, streamed)]
+    assert shared[0] == shared[1] and (shared[0] or not tied)
     tokens, windows = random_tokens(4, 24), random_tokens(3, 16, seed=1).split(2)
     assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses
     expected = pruned(whole, METHODS[method], tokens)
