@@ -3,6 +3,7 @@
 import copy
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from dass.records import code_sha256, file_sha256, identity_of, machine_descript
 from dass.saving import model_card, save_model, source_licence
 from dass.sparsity import MASKS_FILE, apply_masks, read_masks
 from dass.tracking import Mirror, track
-from dass.training.masked import Recipe, kept_weights, require_batch, train
+from dass.training.masked import Diverged, Recipe, require_batch, train
+from dass.training.zeros import kept_weights
 from experiments.app import run_app, typed
 from experiments.bounds import require_plain
 from experiments.fingerprint import model_identity, pinned, source_of, text_identity
@@ -135,15 +137,48 @@ def tune(config: FinetuneConfig, folder: Path, beside: Path, run_id: str, mirror
     # products in 16 bits where the model's own dtype has them, on the CPU only if asked for; in fp16 gradients vanish
     in_16_bits = stored in ("bfloat16", "float16") and (config.model.dtype != "auto" or device.type == "cuda")
     products = torch.bfloat16 if in_16_bits else torch.float32
-    history, _ = train(model, keep, sequences, config.finetune, judge, beside, by, teacher, products)
-    steps = {f"loss after {one['step']} steps": f"{one['loss']:.4f}" for one in history}
-    facts = {"training": ", ".join(f"{key}={value}" for key, value in vars(config.finetune).items())}
-    facts |= {"text": f"{config.calibration.name}, {len(sequences)} x {sequences.shape[1]} tokens"} | steps
-    name, licence = f"{config.model.name}, trained under its mask", source_licence(source, revision)
-    base = config.model.hub_id or config.model.name
-    command = command_of().replace("experiments.prune", "experiments.finetune")
-    save_model(model, folder, model_card(name, base, licence, command, facts), run_id, stored, source, revision)
+
+    def written(place: Path, fingerprint: str, history: list[dict[str, Any]]) -> None:
+        """Save the model as it is now."""
+        done, steps = history[-1]["step"], config.finetune.steps
+        name = f"{config.model.name}, trained under its mask"
+        name += "" if done == steps else f" for {done} of {steps} steps, behind which it diverged"
+        facts = {"training": ", ".join(f"{key}={value}" for key, value in vars(config.finetune).items())}
+        facts |= {"text": f"{config.calibration.name}, {len(sequences)} x {sequences.shape[1]} tokens"}
+        facts |= {f"loss after {one['step']} steps": f"{one['loss']:.4f}" for one in history}
+        base, licence = config.model.hub_id or config.model.name, source_licence(source, revision)
+        command = command_of().replace("experiments.prune", "experiments.finetune")
+        save_model(model, place, model_card(name, base, licence, command, facts), fingerprint, stored, source, revision)
+
+    try:
+        history, _ = train(model, keep, sequences, config.finetune, judge, beside, by, teacher, products)
+    except Diverged as error:
+        kept = _set_aside(folder, run_id, error.history, written)
+        raise DassError(f"{str(error).rstrip('.')}{kept}.", error.field) from error
+    written(folder, run_id, history)
     print(f"{folder}: loss {history[0]['loss']:.4f} before, {history[-1]['loss']:.4f} after")
+
+
+def _set_aside(
+    folder: Path,
+    run_id: str,
+    history: list[dict[str, Any]],
+    written: Callable[[Path, str, list[dict[str, Any]]], None],
+) -> str:
+    """Save what a training was before it diverged, as the next one replaces its checkpoint; the end of a sentence."""
+    step = history[-1]["step"]
+    if step == 0:  # it is what the training began with
+        return ""
+    own, place = identity_of({"run": run_id, "step": step}), folder.parent / f"{folder.name}-step{step}"
+    if place.exists() and not is_saved(place, own):  # another training's
+        place = folder.parent / f"{place.name}-{run_id}"
+    try:
+        if not is_saved(place, own):
+            written(place, own, history)
+    except DassError as error:
+        print(f"note: what the training was at step {step} is not saved as a model: {error}", file=sys.stderr)
+        return ""
+    return f", and as a model in {place}"
 
 
 def _check(config: FinetuneConfig) -> None:

@@ -78,3 +78,12 @@ def go_on(
             optimizer.state[p] = dict(zip(MOMENTS, [step, *on_device], strict=True))
     print(f"note: training goes on behind step {state.step}, where it was stopped", file=sys.stderr)
     return state.step, state.seconds, state.history
+
+
+@torch.no_grad()
+def bring_back(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Give the weights of a training what it has written last of them."""
+    state = State.model_validate_json((folder / STATE).read_bytes())
+    tensors = load_file(folder / TENSORS.format(state.step))
+    for name, p in weights.items():
+        p.copy_(tensors[f"weight {name}"])

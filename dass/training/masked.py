@@ -8,9 +8,7 @@ run that is killed goes on to the same weights, and one that diverges leaves its
 import contextlib
 import hashlib
 import math
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,24 +22,27 @@ from transformers import PreTrainedModel
 
 from dass.errors import DassError
 from dass.progress import progress
-from dass.pruning.blocks import Block, kept_of_parameters
 from dass.records import identity_of
-from dass.training.checkpoint import go_on
+from dass.training.checkpoint import bring_back, go_on
 from dass.training.checkpoint import keep as keep_checkpoint
 from dass.training.lora import adapted
 
 LOSSES = ("next", "distill")
 MAX_GRADIENT_NORM = 1.0
-PRUNED = 0.2
-"""A projection with at least this share of zeros is taken for a pruned one.
-
-Far above the 5 % of exact zeros that dense weights stored in 4 or 5 bits have, and below the ratios that are pruned to.
-"""
 
 Keep = Mapping[tuple[nn.Module, str], Tensor]
 """The mask of a parameter, bool, by its module and its name there."""
 Judge = Callable[[int], dict[str, Any]]
 """What is to be known of the model as it is after so many steps; its `loss` must be a finite number."""
+
+
+class Diverged(DassError):
+    """A training whose loss is no number any more; the model is again what it was at its last evaluation."""
+
+    def __init__(self, message: str, field: str | None, history: list[dict[str, Any]]) -> None:
+        """`history`: what was said up to that evaluation, see `train`."""
+        super().__init__(message, field)
+        self.history = history
 
 
 @dataclass
@@ -111,28 +112,6 @@ class Masked(nn.Module):
         return whole.masked_fill(~self.keep, 0)
 
 
-def kept_weights(blocks: list[Block]) -> Keep:
-    """The masks of a model that is pruned already: the zeros of each projection that has enough of them stay zeros.
-
-    Each projection is judged by itself, so that what was left dense (attention, most often) is trained as a whole; a
-    note tells how many were taken for pruned ones, by role.
-
-    Raises:
-        DassError: there is no pruned matrix.
-    """
-    projections = [p for block in blocks for p in block.projections]
-    taken = [p for p in projections if (p.weight == 0).float().mean() >= PRUNED]
-    if not taken:
-        raise DassError(
-            f"No matrix of the model is pruned (none has {PRUNED:.0%} of zeros): give `masks=DIR`, which a milder "
-            f"ratio needs, or the folder of a pruned model.",
-            "masks",
-        )
-    roles = ", ".join(f"{count} {role}" for role, count in Counter(p.role for p in taken).items())
-    print(f"note: {len(taken)} of {len(projections)} matrices are pruned by their zeros: {roles}", file=sys.stderr)
-    return kept_of_parameters((p, p.weight != 0) for p in taken)
-
-
 def require_batch(sequences: Tensor, recipe: Recipe) -> None:
     """Raise DassError where a text, `(n, seq_len)`, is shorter than one batch; known before a model is there."""
     if len(sequences) < recipe.batch:
@@ -170,11 +149,12 @@ def train(
         that earlier processes spent on it.
 
     Raises:
-        DassError: too little text, a loss that is not finite, no such layer to adapt, or no peft.
+        Diverged: a loss is not finite, and there was an evaluation before.
+        DassError: the first loss is not finite, too little text, no such layer to adapt, or no peft.
     """
     require_batch(sequences, recipe)
     by = identity_of({"by": by, "recipe": asdict(recipe), "text": _sha256(sequences), "dtype": str(dtype)})
-    with _trainable(model, keep, recipe) as weights:
+    with _trainable(model, keep, recipe) as weights, _last_good(folder, weights):
         optimizer = torch.optim.AdamW(weights.values(), lr=recipe.learning_rate, weight_decay=0.0)
         step, earlier, history = go_on(folder, by, weights, optimizer)
         began = time.perf_counter() - earlier
@@ -261,6 +241,16 @@ def _order(count: int, recipe: Recipe) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)] or [torch.arange(0)])
 
 
+@contextlib.contextmanager
+def _last_good(folder: Path, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Where training diverges, give the weights back what they were at the last evaluation."""
+    try:
+        yield
+    except Diverged:
+        bring_back(folder, weights)
+        raise
+
+
 @torch.no_grad()
 def _judged(judge: Judge, step: int, history: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What is to be known of the model; where that fails for a trained one, its training has mostly diverged."""
@@ -270,20 +260,20 @@ def _judged(judge: Judge, step: int, history: list[dict[str, Any]], folder: Path
         if not history:
             raise
         why = f"The model of step {step} cannot be judged ({str(error).rstrip('.')})"
-        raise DassError(f"{why}: lower finetune.learning_rate; {_kept(history, folder)}.", error.field) from error
-
-
-def _kept(history: list[dict[str, Any]], folder: Path) -> str:
-    return f"what it was at step {history[-1]['step']} is kept in {folder}" if history else "nothing is written"
+        raise _diverged(why, history, folder, error.field) from error
 
 
 def _require_finite(loss: float, step: int, what: str, history: list[dict[str, Any]], folder: Path) -> None:
-    if math.isfinite(loss):
-        return
-    raise DassError(
-        f"The {what} loss of step {step} is {loss}: lower finetune.learning_rate; {_kept(history, folder)}.",
-        "finetune.learning_rate",
-    )
+    if not math.isfinite(loss):
+        raise _diverged(f"The {what} loss of step {step} is {loss}", history, folder, "finetune.learning_rate")
+
+
+def _diverged(why: str, history: list[dict[str, Any]], folder: Path, field: str | None) -> DassError:
+    advice = "lower finetune.learning_rate"
+    if not history:
+        return DassError(f"{why}: {advice}; nothing is written.", field)
+    kept = f"what it was at step {history[-1]['step']} is kept in {folder}"
+    return Diverged(f"{why}: {advice}; {kept}.", field, history)
 
 
 def _sha256(tensor: Tensor) -> str:

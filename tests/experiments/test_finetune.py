@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,54 @@ def test_too_little_text_is_told_before_the_model_is_loaded(tuning, tmp_path, mo
     monkeypatch.setattr(app, "load_model", None)
     with pytest.raises(DassError, match="The text is 6 sequences, shorter than one batch of 7"):
         tune(*tuning, f"masks={tmp_path / 'masks'}", f"calibration.n_sequences={given}", "finetune.batch=7")
+
+
+def test_what_diverges_late_leaves_a_model_beside_which_no_training_replaces(tuning, tmp_path, monkeypatch, capsys):
+    given, original, seen = [*tuning, f"masks={tmp_path / 'masks'}"], masked._step, []
+
+    def broken(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1] if len(seen) % 4 else float("nan")
+
+    def diverges(*overrides):
+        seen.clear()
+        shutil.rmtree(tmp_path / ".tuned.training", ignore_errors=True)
+        monkeypatch.setattr(masked, "_step", broken)
+        with pytest.raises(DassError, match=r"lower finetune\.learning_rate; .*, and as a model in .*-step2") as raised:
+            tune(*given, *overrides)
+        monkeypatch.setattr(masked, "_step", original)
+        return Path(str(raised.value).rpartition(" ")[2][:-1])
+
+    first = diverges()
+    assert first == tmp_path / "tuned-step2" and not (tmp_path / "tuned").exists()
+    card = (first / "README.md").read_text()
+    assert "for 2 of 4 steps, behind which it diverged" in card and "loss after 2 steps" in card
+    saved, (masks, _) = weights(first), read_masks(tmp_path / "masks")
+    assert all((saved[f"{name}.weight"][~mask.keep] == 0).all() for name, mask in masks.items())
+    assert diverges() == first
+    second = diverges("finetune.learning_rate=0.009")
+    assert second.name.startswith("tuned-step2-") and all(
+        torch.equal(one, weights(first)[name]) for name, one in saved.items()
+    )
+    tune(*given)
+    assert all(torch.equal(one, weights(first)[name]) for name, one in saved.items())
+    again = capsys.readouterr().out.split("step 2: ")
+    assert len(again) == 5 and again[1].splitlines()[0] == again[-1].splitlines()[0]
+    tune(*given, f"model.path={first}", "masks=null", f"save_model={tmp_path / 'lower'}")  # as the model that it is
+
+
+def test_a_model_that_cannot_be_set_aside_hides_no_divergence(tuning, tmp_path, monkeypatch, capsys):
+    original, seen = masked._step, []
+    monkeypatch.setattr(masked, "_step", lambda *a: float("nan") if seen.append(1) or len(seen) > 2 else original(*a))
+
+    def full(*_, **__):
+        raise DassError("Cannot write the model: free space.")
+
+    monkeypatch.setattr(app, "save_model", full)
+    with pytest.raises(DassError, match=r"what it was at step 2 is kept in .*\.tuned\.training\.$"):
+        tune(*tuning, f"masks={tmp_path / 'masks'}")
+    assert "note: what the training was at step 2 is not saved as a model: Cannot write" in capsys.readouterr().err
+    assert not (tmp_path / "tuned-step2").exists()
 
 
 def test_masks_of_another_model(tuning, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, softmax
 
 from dass.errors import DassError
@@ -17,7 +18,8 @@ from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import prune_model
 from dass.saving import save_model
 from dass.training import masked
-from dass.training.masked import Recipe, kept_weights, train
+from dass.training.masked import Diverged, Recipe, train
+from dass.training.zeros import kept_weights
 from tests.models import image_model, random_tokens, tiny_model
 
 ROLES = dict.fromkeys(("gate", "up", "down"), "in")
@@ -131,6 +133,9 @@ def test_what_diverges_leaves_its_last_good_weights(tmp_path):
             tmp_path, model, lambda step: loss_of(model) if step < 4 else {"loss": float("nan")}, learning_rate=0.01
         )
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["training-2.safetensors"]
+    kept = load_file(tmp_path / "training-2.safetensors")
+    assert torch.equal(model.model.embed_tokens.weight, kept["weight model.embed_tokens.weight"])
+    assert all(map(torch.equal, zeros(model), zeros(pruned_model())))
     assert trained(tmp_path)[1][-1]["step"] == 5
 
     def broken(step):
@@ -144,6 +149,29 @@ def test_what_diverges_leaves_its_last_good_weights(tmp_path):
         trained(tmp_path / "broken", judge=broken)
     with pytest.raises(DassError, match=r"The (training|evaluation) loss of step \d is (nan|inf)"):
         trained(tmp_path / "other", learning_rate=1e30)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["weights", "adapters"])
+def test_what_diverged_is_again_what_it_was_at_its_last_evaluation(tmp_path, monkeypatch, changes):
+    """Steps are done behind it before the loss is no number any more."""
+    if changes:
+        pytest.importorskip("peft")
+    original, model, steps, said = masked._step, pruned_model(), [], []
+
+    def judge(step):
+        said.append(loss_of(model))
+        return said[-1]
+
+    def broken(*arguments):
+        steps.append(original(*arguments))
+        return float("nan") if len(steps) == 5 else steps[-1]
+
+    monkeypatch.setattr(masked, "_step", broken)
+    with pytest.raises(Diverged, match=r"training loss of step 5 is nan.*step 3 is kept") as raised:
+        trained(tmp_path, model, judge, every=3, **changes)
+    assert [one["step"] for one in raised.value.history] == [0, 3] and said[1] != said[0]
+    assert loss_of(model)["loss"] == pytest.approx(said[1]["loss"], rel=1e-5)
+    assert all(map(torch.equal, zeros(model), zeros(pruned_model())))
 
 
 def test_distillation_is_the_divergence_from_the_dense_model(tmp_path):
