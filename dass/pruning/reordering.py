@@ -57,7 +57,7 @@ def require_orders(block: Block, orders: dict[str, Tensor]) -> None:
             raise DassError(f"The masks of {unit.name} hold several orders of its {count} neurons: load its own.")
     given = {role: orders[p.name] for role, p in block.attention.items() if p.name in orders}
     keeps = [one.keep(given[one.v.role], given["o"]) for one in heads_of(block, 1) if set(given) == {one.v.role, "o"}]
-    if given and not any(keeps):
+    if given and (_read_along(block) or not any(keeps)):
         raise DassError(f"The masks of {block.name} move values between the heads of its attention: load its own.")
 
 
@@ -91,7 +91,7 @@ def _heads(
 ) -> dict[str, Tensor]:
     """Put what each head of v writes, and o reads, in a matched order; the permutations by projection."""
     v, o = chosen.get("v", chosen.get("qkv")), chosen.get("o")
-    if method.order != "matched" or not isinstance(method.pattern, NM) or v is None or o is None:
+    if method.order != "matched" or not isinstance(method.pattern, NM) or v is None or o is None or _read_along(block):
         return {}
     heads = known_heads(block, method.pattern.m, streams)
     if heads is None:
@@ -109,6 +109,20 @@ def _heads(
     move(o, at_o)
     streams[o.reads].reorder(at_o)
     return {v.name: at_v, o.name: at_o}
+
+
+def _read_along(block: Block) -> bool:
+    """Whether attention has a vector, stored as a matrix, that may run along what v writes (`heads_of` sees others)."""
+    v, o, mixer = block.attention.get("v", block.attention.get("qkv")), block.attention.get("o"), block.mixer
+    if v is None or o is None or mixer is None:
+        return False
+    lengths = {v.weight.shape[0], o.weight.shape[1], getattr(mixer, "head_dim", getattr(mixer, "head_size", None))}
+    ours = {id(getattr(p.module, p.parameter_name)) for p in block.attention.values()}
+    return any(
+        p.ndim > 1 and id(p) not in ours and lengths & set(p.shape)
+        for name, p in mixer.named_parameters()
+        if not name.endswith("bias") and not name.startswith(("q_", "k_"))
+    )
 
 
 def _lines(p: Projection, method: Method, scores: Scores) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from dass.errors import DassError
 from dass.pruning.layout import find_blocks
@@ -17,9 +18,10 @@ from dass.pruning.masks import NM, Unstructured
 from dass.pruning.method import Method
 from dass.pruning.order import ORDERS, Neurons, kept, matched, move, order, random, reorder, seeded, spread
 from dass.pruning.pruner import BlockPruner
+from dass.pruning.reordering import require_orders
 from dass.pruning.walk import prune_model
 from dass.sparsity import ORDER, PackedMasks, apply_masks, read_masks
-from tests.models import ARCHITECTURES, LAYOUTS, random_tokens, tiny_model
+from tests.models import ARCHITECTURES, LAYOUTS, SMALL, random_tokens, tiny_model
 
 AXIS = {"gate": "out", "up": "out", "down": "in"}
 
@@ -268,6 +270,25 @@ def test_the_order_of_an_mlp_is_stored_once(tmp_path):
     packed.write(tmp_path, {})
     for name, mask in read_masks(tmp_path)[0].items():
         assert torch.equal(mask.order, masks[name].order) and torch.equal(mask.keep, masks[name].keep)
+
+
+@torch.no_grad()
+def test_heads_stay_where_a_vector_reads_along_them():
+    """Doge's dt_proj, of one key/value head, is a matrix of one row that reads what v wrote."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["doge"](**SMALL)).double().eval()
+    for p in model.parameters():
+        p.normal_(std=0.3)
+    assert model.model.layers[0].self_attn.dt_proj.weight.shape == (1, 8)
+    tokens, axis = random_tokens(2), dict.fromkeys(("gate", "up", "down", "q", "k", "v", "o"), "in")
+    dense = model(tokens, use_cache=False).logits
+    masks = prune_model(model, BlockPruner(Method("wanda", axis, NM(4, 4), order="matched"), "all"), tokens)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, dense, rtol=1e-9, atol=1e-9)
+    assert [name for name, mask in masks.items() if mask.order is not None and "attn" in name] == []
+    block = find_blocks(model)[0]
+    orders = {block.attention[role].name: torch.arange(n).flip(0) for role, n in (("v", 8), ("o", 16))}
+    with pytest.raises(DassError, match="between the heads"):
+        require_orders(block, orders)
 
 
 @torch.no_grad()
