@@ -206,10 +206,10 @@ def audit(model: nn.Module, blocks: list[Block], dtype: torch.dtype | None = Non
 def _summed(
     model: nn.Module, blocks: list[Block], found: dict[str, Audited], runs: dict[str, float], dtype: torch.dtype | None
 ) -> Audit:
-    """The sums over the projections `found`, each of which sees the share `runs` of the tokens."""
-    # a tower for images lies beside the language model, and is not run for a token of text
-    inside = blocks[0].name.rpartition(".")[0].rpartition(".")[0] if blocks else ""
-    linear = [model.get_parameter(name) for name in linear_names(model) if name.startswith(inside)]
+    """The sums over the projections `found`, each seen by the share `runs` of the tokens; no tower for images."""
+    inside = blocks[0].name.split(".")[:-2] if blocks else []  # such as model.language_model of its layers.0
+    names = (name for name in linear_names(model) if name.split(".")[: len(inside)] == inside)
+    linear = [model.get_parameter(name) for name in names]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # what experts that a token does not visit would add
     idle = {name: (1 - runs[name]) * one.weights for name, one in found.items()}

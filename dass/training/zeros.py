@@ -7,10 +7,11 @@ from dass.errors import DassError
 from dass.pruning.blocks import Block, kept_of_parameters
 from dass.training.masked import Keep
 
-PRUNED = 0.2
+PRUNED = 0.25
 """A projection with at least this share of zeros is taken for a pruned one.
 
-Far above the 5 % of exact zeros that dense weights stored in 4 or 5 bits have, and below the usual ratios.
+Below the usual ratios, and above the exact zeros of dense weights that were stored in 4 or 5 bits: 5 % of them, and
+20 % of one matrix of Qwen2.5-Coder 0.5B.
 """
 
 

@@ -206,14 +206,14 @@ def test_a_model_without_zeros_has_no_mask():
 
 
 def test_the_zeros_of_weights_stored_in_few_bits_are_no_mask(capsys):
-    """In 4 or 5 bits some 5 % of dense weights are exact zeros; beside pruned MLPs, too, attention stays dense."""
+    """In 4 or 5 bits up to 20 % of a dense matrix are exact zeros; beside pruned MLPs, too, attention stays dense."""
     dense, pruned = tiny_model().requires_grad_(False), pruned_model()
     for model in (dense, pruned):
         for block in find_blocks(model):
             for p in block.projections:
-                p.weight[p.weight.abs() <= p.weight.abs().flatten().quantile(0.05)] = 0
+                p.weight[p.weight.abs() <= p.weight.abs().flatten().quantile(0.21)] = 0
     with pytest.raises(
-        DassError, match=r"pruned \(none has 20% of zeros\): give `masks=DIR`, which a milder ratio needs"
+        DassError, match=r"pruned \(none has 25% of zeros\): give `masks=DIR`, which a milder ratio needs"
     ):
         kept_weights(find_blocks(dense))
     kept = kept_weights(find_blocks(pruned))
