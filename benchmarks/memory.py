@@ -26,7 +26,7 @@ from dass.pruning.method import Method
 from dass.pruning.pruner import BlockPruner
 from dass.pruning.walk import walk
 from dass.records import git_state, machine_description, write_atomically
-from dass.saving import rounding
+from dass.saving import round_to, rounding
 from dass.streaming import load_streamed
 from report.grid import Grid, to_markdown
 
@@ -52,7 +52,7 @@ LEGEND = (
 def measure(folder: str, method: str, mode: str) -> dict[str, Any]:
     """Prune and evaluate a model, `mode` stream or resident; peak memory, seconds and a hash of what came out."""
     torch.manual_seed(0)
-    device, pruner = torch.device("cpu"), BlockPruner(METHODS[method])
+    device, pruner = torch.device("cpu"), BlockPruner(METHODS[method]).storing(torch.bfloat16)
     tokens = torch.randint(VOCABULARY, (SEQUENCES, SEQ_LEN))
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch, torch.no_grad():
@@ -61,7 +61,7 @@ def measure(folder: str, method: str, mode: str) -> dict[str, Any]:
             if mode == "stream"
             else (load_model(folder, None, "float32", device), None)
         )
-        stored, more = rounding(model, "float32"), {}
+        stored, more = rounding(model, "bfloat16"), {}
         if shelf is not None:
             more = {"hold": lambda block: shelf.change(block, stored)}
         started = time.perf_counter()
@@ -70,6 +70,8 @@ def measure(folder: str, method: str, mode: str) -> dict[str, Any]:
             for p in step.block.projections:
                 digest.update(p.weight.numpy().tobytes())
         seconds = time.perf_counter() - started
+        if shelf is None:
+            round_to(model, "bfloat16")
         losses = perplexity(model, tokens.split(SEQUENCES), shelf).losses
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
@@ -128,7 +130,8 @@ def main() -> None:
     bar.close()
     machine = machine_description(torch.device("cpu"))
     facts = {
-        "model": f"d {WIDTH}, f {INTERMEDIATE}, bf16 on disk, {SEQUENCES} x {SEQ_LEN} tokens, 2:4, computed in fp32"
+        "model": f"d {WIDTH}, f {INTERMEDIATE}, bf16 on disk before and behind, computed in fp32",
+        "data": f"{SEQUENCES} x {SEQ_LEN} random tokens, 2:4",
     }
     facts |= {"machine": f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gb']:g} GB"}
     facts |= {"commit": f"{git_state()['commit']}", "command": "make benchmark-memory"}

@@ -4,7 +4,7 @@ transformers puts the experts of a block together into one parameter when it loa
 in memory; here its own words for that say which tensors of a checkpoint are which expert.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,6 +36,31 @@ class Apart:
         return expert.chunk(len(self.names[0]), self.axis)
 
 
+def named_in_model(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+    """What transformers makes of the tensors of a checkpoint, in the order in which it puts several together.
+
+    Of each its name, that of the parameter or buffer, and the pattern by which it is changed, or one of several; None
+    where it is taken as it stands.
+
+    Args:
+        model: without weights.
+        names: of the tensors in the checkpoint.
+    """
+    renamings, converters = _transforms(model)
+    places = model.state_dict()
+    for name in sorted(names, key=dot_natural_key):
+        full, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+        if full not in places and name in places:  # it is in the model's own words already
+            full, pattern = rename_source_key(name, [], [], model.base_model_prefix, places)
+        yield name, full, pattern
+
+
+def _transforms(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    found = get_model_conversion_mapping(model)
+    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in found if isinstance(one, WeightConverter)]
+
+
 def found_apart(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]) -> dict[str, Apart]:
     """Which tensors of a checkpoint are which expert of a parameter, for those that lie apart.
 
@@ -47,14 +72,11 @@ def found_apart(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[s
     Raises:
         DassError: they are not simply put one behind the other.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
     places, by_pattern = model.state_dict(), dict[str, dict[str, list[str]]]()
-    for name in sorted(names, key=dot_natural_key):  # the order in which transformers puts them together
-        full, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+    for name, full, pattern in named_in_model(model, names):
         if pattern is not None and full in places:
             by_pattern.setdefault(full, {}).setdefault(pattern, []).append(name)
+    _, converters = _transforms(model)
     found = {}
     for full in by_pattern.keys() & set(wanted):
         own = by_pattern[full]

@@ -1,13 +1,15 @@
-"""What transformers and accelerate know of a model whose blocks stay on disk."""
+"""Where the weights of a model lie whose blocks stay on disk, as transformers and accelerate have it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+import transformers.modeling_utils
 from torch import nn
+from transformers import PreTrainedModel
 
 from dass.checkpoint import Stored, tensors_in
-from dass.experts import Apart
+from dass.experts import Apart, named_in_model
 
 Index = dict[str, dict[str, str]]
 """Where a weight lies, by its full name, as accelerate has it: `safetensors_file`, `weight_name`, and its `dtype`."""
@@ -24,14 +26,57 @@ def places(module: nn.Module, name: str, blocks: set[str], device: str) -> Itera
         yield name, device
 
 
-def index_of(model: nn.Module, device: torch.device) -> Index:
-    """Where the weights lie, out of the hooks that accelerate put on the modules; it reads buffers to a device."""
-    for module in model.modules():
-        for hook in getattr(getattr(module, "_hf_hook", None), "hooks", [getattr(module, "_hf_hook", None)]):
-            if getattr(hook, "weights_map", None) is not None:
-                hook.weights_map.dataset.device = str(device)
-                return {name: dict(about) for name, about in hook.weights_map.dataset.index.items()}
-    return {}
+def loading_map(
+    model: PreTrainedModel, device_map: Mapping[str, str], names: Iterable[str], apart: Iterable[str], device: str
+) -> dict[str, str]:
+    """What transformers is to do with each part while it loads a model: it reads what is for the disk, too.
+
+    So of a block only those parameters are for the disk that it puts together out of several tensors, and writes there;
+    the others get no memory, and their pages of the files are not touched. Buffers are never brought: they are there.
+
+    Args:
+        model: without weights.
+        device_map: as from `places`.
+        names: of the tensors in the checkpoint.
+        apart: parameters that are put together by nobody.
+    """
+    blocks = tuple(f"{name}." for name, place in device_map.items() if place == "disk")
+    loaded = {name: "meta" if place == "disk" else place for name, place in device_map.items()}
+    loaded |= {name: device for name, _ in model.named_buffers() if name.startswith(blocks)}
+    made = {full for _, full, pattern in named_in_model(model, names) if pattern is not None}
+    return loaded | dict.fromkeys((name for name in made - set(apart) if name.startswith(blocks)), "disk")
+
+
+@contextmanager
+def undispatched() -> Iterator[Index]:
+    """Keep transformers from putting accelerate's hooks on a model; gives the index of what it wrote to the disk."""
+    before, index = transformers.modeling_utils.accelerate_dispatch, Index()
+
+    def keep(model: nn.Module, quantizer: None, device_map: object, folder: str, found: Index | None, _: bool) -> None:
+        index.update(found or {})
+
+    transformers.modeling_utils.accelerate_dispatch = keep
+    try:
+        yield index
+    finally:
+        transformers.modeling_utils.accelerate_dispatch = before
+
+
+def index_of(model: PreTrainedModel, stored: Mapping[str, Stored], written: Index) -> Index:
+    """Where the weights lie that a model has no memory for.
+
+    Args:
+        stored: where the tensors of the checkpoint are.
+        written: as from `undispatched`, of those that none of these is as it stands.
+    """
+    held, index = model.state_dict(), Index()
+    for name, full, pattern in named_in_model(model, stored):
+        if pattern is None and full in held and held[full].is_meta:
+            dtype = str(held[full].dtype).removeprefix("torch.")
+            index[full] = {"safetensors_file": str(stored[name].file), "weight_name": name, "dtype": dtype}
+    index |= written
+    tied = {name: index[other] for name, other in model.all_tied_weights_keys.items() if other in index}
+    return tied | index
 
 
 def mismatched(

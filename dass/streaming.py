@@ -10,13 +10,12 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import accelerate.big_modeling
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_module
@@ -27,7 +26,7 @@ from dass.checkpoint import Stored, require_places, require_weights, stored_tens
 from dass.errors import require_finite
 from dass.experts import Apart, found_apart
 from dass.models import auto_class, from_folder, load_config, model_folder, named_weights, require_supported
-from dass.offloaded import Index, index_of, mismatched, places
+from dass.offloaded import Index, index_of, loading_map, mismatched, places, undispatched
 from dass.pruning.blocks import Block
 from dass.pruning.layout import find_blocks
 from dass.pruning.stacks import Stack
@@ -251,45 +250,19 @@ def load_streamed(
         empty = auto_class(config).from_config(config, trust_remote_code=False)
     blocks = find_blocks(empty, projections)
     device_map = dict(places(empty, "", {block.name for block in blocks}, str(device)))
-    experts = {name for block in blocks for name in block.experts} if by_expert else set()
-    apart = found_apart(empty, stored, experts)
-    # so that transformers puts none together; cpu by another name, for what is there is moved where there are others
-    loaded = {name: "cpu:0" if where == "cpu" else where for name, where in device_map.items()} if apart else device_map
-    loaded = loaded | {name.rpartition(".")[0]: "meta" for name in apart}
-    with _never_tied() if apart else nullcontext():
+    apart = found_apart(empty, stored, {name for block in blocks for name in block.experts} if by_expert else set())
+    with undispatched() as written:
+        loaded = loading_map(empty, device_map, stored, apart, str(device))
         model, loading = from_folder(place, config, source, dtype, loaded, folder)
-    index = index_of(model, device)
+    index = index_of(model, stored, written)
     # transformers does not look at the shapes of what lies on disk
     loading["mismatched_keys"] = {*loading["mismatched_keys"], *mismatched(model, index, stored, apart)}
     require_places(model, stored, loading, source)
-    remove_hook_from_module(model, recurse=True)
-    if apart:
-        _tie(model)
     for name, tensor in named_weights(model):
         if not tensor.is_meta:
             require_finite(tensor, f"The weights {name} of {source}")
     model.eval().requires_grad_(False)
     return model, Shelf(model, find_blocks(model, projections), index, device_map, folder, by_expert, apart, stored)
-
-
-@contextmanager
-def _never_tied() -> Iterator[None]:
-    """Keep accelerate from tying weights again: what it moved to a cpu of another name is no parameter any more."""
-    before = accelerate.big_modeling.retie_parameters
-    accelerate.big_modeling.retie_parameters = lambda *_: None
-    try:
-        yield
-    finally:
-        accelerate.big_modeling.retie_parameters = before
-
-
-def _tie(model: PreTrainedModel) -> None:
-    """Make parameters of what was moved, and tie them as the model does."""
-    for module in model.modules():
-        for key, tensor in module._parameters.items():
-            if tensor is not None and not isinstance(tensor, nn.Parameter):
-                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-    model.tie_weights()
 
 
 def _put(block: Block, name: str, tensor: Tensor) -> None:

@@ -1,7 +1,10 @@
 """Models whose blocks lie on disk: the same masks, weights, losses and saved files as of models in memory."""
 
 import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +95,32 @@ def test_a_streamed_model_is_the_one_in_memory(tmp_path, layout, method, by_expe
     assert stored_tensors(tmp_path / "streamed").keys() == stored_tensors(tmp_path / "whole").keys()
     assert all(torch.equal(ours[name], weight) and ours[name].dtype == weight.dtype for name, weight in theirs.items())
     assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses  # after saving, too
+
+
+LOADS = """
+import re, sys, torch
+from pathlib import Path
+from dass.streaming import load_streamed
+
+def memory(kind):
+    return 1024 * int(re.search(rf"{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+for folder in sys.argv[1:]:
+    before = memory("VmRSS")
+    load_streamed(folder, None, "float32", torch.device("cpu"), Path(folder) / "scratch")
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the memory that way")
+def test_blocks_are_not_read_to_load_a_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    model = tiny_model(dtype=torch.bfloat16, hidden_size=256, intermediate_size=2**15, num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "model")
+    blocks = sum(p.nbytes for block in find_blocks(model) for p in block.module.parameters())
+    command = [sys.executable, "-c", LOADS, str(tmp_path / "tiny"), str(tmp_path / "model")]
+    grown = int(subprocess.check_output(command))
+    assert 0 <= grown < blocks / 3
 
 
 def test_a_block_that_an_error_interrupts_stays_as_it_was(tmp_path):
