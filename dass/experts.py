@@ -1,7 +1,8 @@
 """Experts that are read and written one by one, as checkpoints have them: each a tensor of its own, or a part of one.
 
 transformers puts the experts of a block together into one parameter when it loads them, for which all of them must be
-in memory; here its own words for that say which tensors of a checkpoint are which expert.
+in memory, and writes that to the disk once more; here its own words for that say which tensors of a checkpoint are
+which expert.
 """
 
 from collections.abc import Iterable, Iterator
@@ -61,16 +62,17 @@ def _transforms(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[Weig
     return renamings, [one for one in found if isinstance(one, WeightConverter)]
 
 
-def found_apart(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str]) -> dict[str, Apart]:
+def found_apart(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[str], needed: bool) -> dict[str, Apart]:
     """Which tensors of a checkpoint are which expert of a parameter, for those that lie apart.
 
     Args:
         model: without weights.
         names: of the tensors in the checkpoint.
         wanted: the full names of the parameters.
+        needed: whether those that are not simply put one behind the other are refused, or else left to transformers.
 
     Raises:
-        DassError: they are not simply put one behind the other.
+        DassError: one is refused.
     """
     places, by_pattern = model.state_dict(), dict[str, dict[str, list[str]]]()
     for name, full, pattern in named_in_model(model, names):
@@ -85,11 +87,13 @@ def found_apart(model: PreTrainedModel, names: Iterable[str], wanted: Iterable[s
         parts = [own.get(pattern, []) for pattern in converter.source_patterns]
         together = kinds[1][1] if len(kinds) == 2 else 1
         expected = [(MergeModulelist, 0), (Concatenate, together)][: len(converter.operations)]
-        if kinds != expected or not together or {len(part) for part in parts} != {places[full].shape[0]}:
+        simply = kinds == expected and together and {len(part) for part in parts} == {places[full].shape[0]}
+        if simply:
+            found[full] = Apart(list(zip(*parts, strict=True)), together - 1)
+        elif needed:
             raise DassError(
                 f"{full} is put together from its file in a way of its own, so that its experts cannot be brought one "
                 f"by one: use a machine whose memory holds a block.",
                 field="memory",
             )
-        found[full] = Apart(list(zip(*parts, strict=True)), together - 1)
     return found

@@ -133,10 +133,13 @@ class Shelf:
     def save(self, folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
         """Save the model to shards in these dtypes, as transformers does: one holds what is in memory of a block.
 
-        Experts that come one by one are written so, under the names that they have in the source, and have shards of
-        their own behind those.
+        Experts that come one by one, or that lie apart in the source, are written so, under the names that they have
+        there, and have shards of their own behind those.
         """
-        experts = {block.name: self.experts(block) for block in self.blocks}
+        experts = {
+            block.name: {name: one for name, one in block.experts.items() if self.by_expert or name in self.apart}
+            for block in self.blocks
+        }
         ours = {name for own in experts.values() for name in own}
         with warnings.catch_warnings(), self.dispatched(dtypes):
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
@@ -200,13 +203,18 @@ class Shelf:
 
     def _read(self, block: Block) -> dict[str, Tensor]:
         tensors, experts = {}, self.experts(block)
-        for name in (f"{block.name}.{name}" for name, _ in block.module.named_parameters()):
-            if name not in experts:
-                about = self.index[name]
+        for name, parameter in ((f"{block.name}.{name}", one) for name, one in block.module.named_parameters()):
+            if name in experts:
+                continue
+            if (about := self.index.get(name)) is not None:
                 found = read_from(about["safetensors_file"], about["weight_name"])
                 # a copy in any case: what is mapped from the file is read when it is used, and shared with it
                 tensors[name] = found.to(self.device, getattr(torch, about["dtype"]), copy=True)
                 require_finite(tensors[name], f"The weights {name}")
+            else:
+                tensors[name] = torch.empty_like(parameter, device=self.device)
+                for expert, place in enumerate(tensors[name]):
+                    place.copy_(self._read_one(name, parameter.dtype, expert))
         return tensors
 
 
@@ -233,7 +241,7 @@ def load_streamed(
     """A causal language model as `load_model` gives it, but for its blocks, which lie on the shelf.
 
     Args:
-        folder: takes what changes, and weights that transformers stores otherwise than it holds them (experts).
+        folder: takes what changes, and weights that transformers puts together in a way of its own.
         projections: see `find_blocks`.
         by_expert: whether the experts of a block come one by one, and are never in memory together.
 
@@ -250,7 +258,7 @@ def load_streamed(
         empty = auto_class(config).from_config(config, trust_remote_code=False)
     blocks = find_blocks(empty, projections)
     device_map = dict(places(empty, "", {block.name for block in blocks}, str(device)))
-    apart = found_apart(empty, stored, {name for block in blocks for name in block.experts} if by_expert else set())
+    apart = found_apart(empty, stored, {name for block in blocks for name in block.experts}, needed=by_expert)
     with undispatched() as written:
         loaded = loading_map(empty, device_map, stored, apart, str(device))
         model, loading = from_folder(place, config, source, dtype, loaded, folder)

@@ -199,6 +199,20 @@ def test_experts_that_are_put_together_otherwise_are_refused(tmp_path, monkeypat
     monkeypatch.setattr(experts, "get_model_conversion_mapping", turned)
     with pytest.raises(DassError, match=r"experts\.down_proj is put together from its file in a way of its own"):
         load_streamed(str(tmp_path / "model"), None, "float32", CPU, tmp_path / "scratch", by_expert=True)
+    # block by block transformers puts them together, and writes them
+    whole, streamed, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    written = {path.stem for path in (tmp_path / "scratch").iterdir()}
+    assert written == {f"{block.name}.mlp.experts.down_proj" for block in shelf.blocks}
+    windows = random_tokens(3, 16).split(2)
+    assert perplexity(whole, windows).losses == perplexity(streamed, windows, shelf).losses
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_are_not_written_to_be_loaded(tmp_path, layout):
+    tiny_model(layout).save_pretrained(tmp_path / "model")
+    _, streamed, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    perplexity(streamed, random_tokens(3, 16).split(2), shelf)
+    assert not list(tmp_path.glob("scratch/*"))
 
 
 def test_a_model_that_takes_several_experts_at_once_is_told(tmp_path):
