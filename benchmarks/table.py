@@ -29,34 +29,41 @@ def ratio(quantity: str, over: float, under: float, bound: Bound, limit: float, 
 def fastest(
     names: Iterable[str], prepare: Callable[[str], Callable[[], object]], device: torch.device, repeats: int = REPEATS
 ) -> dict[str, dict[str, Any]]:
-    """Seconds and peak memory of each piece of work, see `Stages`, each run several times; interleaved.
+    """Seconds of each piece of work, and its peak memory on a GPU, each run several times.
 
-    Of work in parts (see `part_seconds`) the fastest of each part counts, and of the memory the least: a slow spell of
-    the machine is shorter than a walk, and seldom meets the same block twice.
+    Of work in parts (see `timed_parts`) the fastest of each part counts, and of the memory the least. On the CPU all go
+    on part by part in turn, so that a slow spell of the machine meets each of them; on a GPU, which has room for one
+    model and tells its memory, one goes behind the other.
 
     Args:
         prepare: makes what is needed for the work of a name, and returns the work that is timed.
     """
+    names = list(names)
     best: dict[str, dict[str, Any]] = {}
     parts: dict[str, list[float]] = {}
-    for name in list(names) * repeats:
-        work, stages = prepare(name), Stages(device)
-        with stages.measure(name):
-            seconds = part_seconds(work, device)
-        parts[name] = [min(pair) for pair in zip(parts.get(name, seconds), seconds, strict=True)]
-        run = stages.as_dict()[name]
-        best[name] = min(best.get(name, run), run, key=lambda stage: stage["peak_memory_gb"])
-        print(f"{name}: {sum(seconds):.3f} s, the fastest parts {sum(parts[name]):.3f} s", file=sys.stderr, flush=True)
-    return {name: stage | {"seconds": sum(parts[name])} for name, stage in best.items()}
+    for turn in ([[name] for name in names] if device.type == "cuda" else [names]) * repeats:
+        works, stages = [prepare(name) for name in turn], Stages(device)
+        with stages.measure("turn"):
+            timed = zip(*zip(*(timed_parts(work, device) for work in works), strict=True), strict=True)
+        run = stages.as_dict()["turn"]
+        for name, seconds in zip(turn, timed, strict=True):
+            parts[name] = [min(pair) for pair in zip(parts.get(name, seconds), seconds, strict=True)]
+            best[name] = min(best.get(name, run), run, key=lambda stage: stage["peak_gpu_memory_gb"] or 0)
+            print(
+                f"{name}: {sum(seconds):.3f} s, the fastest parts {sum(parts[name]):.3f} s", file=sys.stderr, flush=True
+            )
+    return {
+        name: {"seconds": sum(parts[name]), "peak_gpu_memory_gb": one["peak_gpu_memory_gb"]}
+        for name, one in best.items()
+    }
 
 
-def part_seconds(work: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of each part of a generator's work, which yields between them; of other work those of the whole."""
-    started, found = time.perf_counter(), []
+def timed_parts(work: Callable[[], object], device: torch.device) -> Iterator[float]:
+    """Do a generator's work part by part, as it yields between them, or other work as a whole; the seconds of each."""
+    started = time.perf_counter()
     pieces = work()
     for _ in chain(pieces if isinstance(pieces, Iterator) else (), [None]):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
+        yield time.perf_counter() - started
         started = time.perf_counter()
-    return found

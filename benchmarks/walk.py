@@ -69,7 +69,7 @@ def main() -> None:
 Command `python -m benchmarks.walk{" --gpu" if gpu else ""}`; commit {git["commit"]}\
 {" with local changes" if git["dirty"] else ""}; {machine["threads"]} threads, {machine["memory_gb"]} GB; \
 torch {versions["torch"]}, transformers {versions["transformers"]}. Of {REPEATS} runs of each the fastest counts, of \
-walks block by block.
+walks block by block{"" if gpu else ", of which those of one number follow each other"}.
 
 | quantity | measured | limit | met | detail |
 |---|---:|---:|---|---|
@@ -117,7 +117,7 @@ def pruning(model: PreTrainedModel, name: str, input_ids: Tensor, batch_size: in
 def time_walks(
     fresh: Callable[[], PreTrainedModel], input_ids: Tensor, with_reference: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of the needed forward work, of our walk and of the reference's; and our memory in words, by method."""
+    """Seconds of the needed forward work, of our walk and of the reference's; our batches and memory, in words."""
     device, size = fresh().device, batch_size_for(fresh(), input_ids.shape[1])
 
     def prepare(name: str) -> Callable[[], object]:
@@ -131,8 +131,7 @@ def time_walks(
     memory = {}
     for name in METHODS:
         gpu = best[name]["peak_gpu_memory_gb"]
-        on_device = f"{gpu:.1f} GB on the device, " if gpu is not None else ""
-        memory[name] = f"peak {on_device}{best[name]['peak_memory_gb']:.1f} GB on the host, batches of {size}"
+        memory[name] = f"batches of {size}" + (f", peak {gpu:.1f} GB on the device" if gpu is not None else "")
     return {name: stage["seconds"] for name, stage in best.items()}, memory
 
 
