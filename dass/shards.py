@@ -16,6 +16,7 @@ from dass.pruning.stacks import bytes_of
 
 SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SAFETENSORS |= {torch.int64: "I64", torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+CHUNK = 2**16  # bytes at a time: for larger writes the system looks for large pages in its cache, which costs far more
 Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """The tensors of a file in order: dtype and shape by name."""
 
@@ -50,8 +51,11 @@ def write_in_turn(path: Path, header: Header, tensors: Iterable[Tensor]) -> None
         with open(partial, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for tensor in tensors:
-                file.write(bytes_of(tensor))
-                del tensor  # before the next one is there
+                found = memoryview(bytes_of(tensor))
+                del tensor
+                for start in range(0, len(found), CHUNK):
+                    file.write(found[start : start + CHUNK])
+                del found  # before the next one is there
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

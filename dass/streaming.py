@@ -2,15 +2,15 @@
 
 transformers and accelerate make the model without its blocks' weights and tell where on disk each of them lies, as they
 do for offloading. Their way of bringing them, layer by layer in every forward, would read a block once for each batch;
-a `Shelf` brings it once for all batches, and the next one is read meanwhile. Where a block does not fit, either, its
-experts come one by one in every forward, see dass/pruning/stacks.py.
+a `Shelf` brings it once for all batches; meanwhile the next one is read, and the one before is written. Where a block
+does not fit, either, its experts come one by one in every forward, see dass/pruning/stacks.py.
 """
 
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dass.checkpoint import Stored, require_places, require_weights, stored_tensors
-from dass.errors import require_finite
+from dass.errors import DassError, require_finite
 from dass.experts import Apart, found_apart
 from dass.models import auto_class, from_folder, load_config, model_folder, named_weights, require_supported
 from dass.offloaded import Index, index_of, loading_map, mismatched, places, undispatched
@@ -61,27 +61,31 @@ class Shelf:
         self.model, self.blocks, self.index, self.device_map, self.folder = model, blocks, index, device_map, folder
         self.device = model.device
         self._followers = {one.name: other for one, other in pairwise(blocks)}
-        self._reader: Executor = ThreadPoolExecutor(1, "read a block")
+        # one thing at a time, so that no more than two blocks are in memory: what is read waits for what is written
+        self._disk: Executor = ThreadPoolExecutor(1, "read or write a block")
         self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
+        self._written: tuple[Block, Future[None]] | None = None
 
     @contextmanager
     def hold(self, block: Block) -> Iterator[None]:
         """Have a block in memory, as it lies on disk; the one behind it is read meanwhile."""
+        follower = self._followers.get(block.name)
+        if self._written is not None and self._written[0].name in (block.name, follower and follower.name):
+            self.settle()
         if self._next is not None and self._next[0] == block.name:
             found = self._next[1]
         else:
-            found = self._reader.submit(self._read, block)
+            found = self._disk.submit(self._read, block)
         tensors = found.result()
         del found  # or it would keep what is taken out of it here
-        follower = self._followers.get(block.name)
-        self._next = None if follower is None else (follower.name, self._reader.submit(self._read, follower))
+        self._next = None if follower is None else (follower.name, self._disk.submit(self._read, follower))
         for name in list(tensors):
             _put(block, name, tensors.pop(name))
         for name, (module, key) in self.experts(block).items():
             whole = getattr(module, key)
             read = partial(self._read_one, name, whole.dtype)
             # it hides the parameter, which stays where it was, without memory
-            module.__dict__[key] = Stack(whole, self.device, read, self.folder, self._reader)
+            module.__dict__[key] = Stack(whole, self.device, read, self.folder, self._disk)
         try:
             yield
         finally:
@@ -101,21 +105,42 @@ class Shelf:
 
     @contextmanager
     def change(self, block: Block, stored: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-        """Have a block in memory, and write it, as `stored` gives each weight by its name, unless there is an error."""
+        """Have a block in memory, and write it, as `stored` gives each weight by its name, unless there is an error.
+
+        It is written while the next one is worked on: what goes wrong there is told by `settle`, or by the next change.
+        """
         with self.hold(block):
-            yield
+            try:
+                yield
+            except BaseException:
+                with suppress(DassError):  # another error is told already
+                    self.settle()
+                raise
+            self.settle()
             path, dense = block_path(self.folder, block), weights_of(block, stored)
             header = {name: (tensor.dtype, tensor.shape) for name, tensor in dense.items()}
             stacks = {name: getattr(module, key) for name, (module, key) in self.experts(block).items()}
             for name, stack in stacks.items():
                 header[name] = stored(name, torch.zeros(1, dtype=stack.dtype)).dtype, stack.shape
             each = (map(partial(stored, name), stack) for name, stack in stacks.items())  # holds none, unlike a loop
-            write_in_turn(path, header, chain(dense.values(), *each))
-        self.adopt(block, path)
+            tensors = chain((dense.pop(name) for name in list(dense)), *each)
+            if stacks:  # which close with the block
+                write_in_turn(path, header, tensors)
+                self.adopt(block, path)
+            else:
+                self._written = block, self._disk.submit(write_in_turn, path, header, tensors)
+
+    def settle(self) -> None:
+        """Wait until the block that was changed last lies on the disk; DassError where it cannot be written."""
+        if self._written is not None:
+            (block, written), self._written = self._written, None
+            written.result()
+            self.adopt(block, block_path(self.folder, block))
 
     @contextmanager
     def dispatched(self, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
         """The model as transformers knows models that lie on disk, to be saved shard by shard in these dtypes."""
+        self.settle()
         words = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
         index = {name: about | {"dtype": words.get(name, about["dtype"])} for name, about in self.index.items()}
         dispatch_model(self.model, self.device_map, offload_index=index, offload_dir=str(self.folder), force_hooks=True)

@@ -102,6 +102,8 @@ def prune(
     def done(index: int, batches: Iterable[torch.Tensor]) -> None:
         if plan.compares or not first(kept.is_due):
             return
+        if shelf is not None:
+            shelf.settle()
         if rank() == 0:
             kept.keep(index, blocks, partial(_tensors, walked, batches), partial(_facts, walked), writes)
         else:
@@ -133,6 +135,8 @@ def prune(
         say(bar, f"{step.block.name}: {seconds:.1f} s, sparsity {sparsity:.4f}")
         bar.update()
     bar.close()
+    if shelf is not None:
+        shelf.settle()
     walked.halved = min((size for size in everyone(walked.halved) if size is not None), default=None)
     if walked.rare:
         print(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from dass import NM, BlockPruner, Method
+from dass import NM, BlockPruner, Method, streaming
 from dass.checkpoint import stored_tensors
 from dass.errors import DassError
 from dass.evaluation.perplexity import perplexity
@@ -160,8 +161,48 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     _, _, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
     (tmp_path / "scratch").mkdir(mode=0o500)
-    with pytest.raises(DassError, match="Cannot write"), shelf.change(shelf.blocks[0], lambda name, tensor: tensor):
+    with shelf.change(shelf.blocks[0], lambda name, tensor: tensor):
         pass
+    with pytest.raises(DassError, match="Cannot write"):
+        shelf.settle()
+
+
+def test_what_goes_wrong_while_a_block_is_written_is_told_by_the_next(tmp_path, monkeypatch):
+    def fails(*_):
+        raise DassError("Cannot write: free space.")
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    _, _, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    as_it_is = lambda name, tensor: tensor  # noqa: E731
+    monkeypatch.setattr(streaming, "write_in_turn", fails)
+    with shelf.change(shelf.blocks[0], as_it_is):
+        pass
+    with pytest.raises(DassError, match="free space"), shelf.change(shelf.blocks[1], as_it_is):
+        pass
+    with shelf.change(shelf.blocks[0], as_it_is):
+        pass
+    with pytest.raises(ZeroDivisionError), shelf.change(shelf.blocks[1], as_it_is):
+        raise ZeroDivisionError
+    shelf.settle()  # there is nothing more to tell
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_that_is_still_being_written_is_waited_for(tmp_path, monkeypatch, index):
+    tiny_model().save_pretrained(tmp_path / "model")
+    _, _, shelf = loaded(tmp_path / "model", tmp_path / "scratch")
+    written, reading = streaming.write_in_turn, threading.Event()
+
+    def slowly(*given):
+        reading.wait(0.3)
+        written(*given)
+
+    monkeypatch.setattr(streaming, "write_in_turn", slowly)
+    with shelf.change(shelf.blocks[index], lambda name, tensor: torch.zeros_like(tensor)):
+        pass
+    for block in shelf.blocks:
+        with shelf.hold(block):
+            zeros = [not parameter.any() for parameter in block.module.parameters()]
+            assert all(zeros) if block is shelf.blocks[index] else not all(zeros)
 
 
 def test_a_run_is_the_same_however_the_model_lies(setting, tmp_path):  # noqa: F811
