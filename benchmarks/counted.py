@@ -182,7 +182,7 @@ class PretendedShelf(Shelf):
     def __init__(self, model: PreTrainedModel) -> None:
         """Give up the memory of all blocks."""
         super().__init__(model, find_blocks(model), {}, {}, Path())
-        self._reader = AtOnce()
+        self._disk = AtOnce()
         for block in self.blocks:
             self.drop(block)
 
